@@ -1,0 +1,258 @@
+"""The ``GraphModule`` that fxquant works on: it keeps what plain fx loses.
+
+Pickling a plain ``GraphModule`` drops node metadata and renames nodes, and packed weights cannot be
+copied or saved at all. :class:`QuantGraphModule` therefore serializes its graph structurally, with
+the records of :mod:`fxquant.metadata`, and treats packed weights as caches that are rebuilt from
+plain tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxquant.graph_codec import EncodedNode, decode_graph, encode_graph
+from fxquant.metadata import record_of, set_record
+from fxquant.op_view import attribute
+
+
+class Stage(Enum):
+    """How far a graph has come."""
+
+    FLOAT = "float"
+    FUSED = "fused"
+    PREPARED = "prepared"
+    REFERENCE = "reference"
+    LOWERED = "lowered"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpEntry:
+    """One operation of the float graph, before anything was folded: a row of every report.
+
+    Attributes:
+        name: the node's name in the float graph.
+        kind: kind of the op catalogue, or the type's name where the catalogue has none.
+        type_name: module class, function or method name as written.
+        path: the module's path for modules, else the scope of the call.
+        macs: multiply-accumulates with the example inputs; ``None`` where unknown.
+        parameters: number of parameter elements.
+        float_input: the op has a floating-point tensor input.
+    """
+
+    name: str
+    kind: str
+    type_name: str
+    path: str
+    macs: int | None
+    parameters: int
+    float_input: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackRecord:
+    """How to make one packed constant from plain tensors of the module.
+
+    Attributes:
+        name: attribute of the module that holds the packed object.
+        packer: key in the packer table of the target.
+        tensors: names of the buffers that are packed, in the packer's order ("" for none).
+        options: further arguments of the packer.
+    """
+
+    name: str
+    packer: str
+    tensors: tuple[str, ...]
+    options: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphState:
+    """What holds for a whole graph, beside its nodes.
+
+    Attributes:
+        stage: how far it has come.
+        target: name of the target it was prepared for.
+        ledger: the ops of the float graph, in order.
+        fates: what became of ops that no node carries out any more: (name, sentence).
+        packs: the packed constants.
+        shapes_known: example inputs ran, so that tensor nodes have value records.
+        signature: names of the inputs.
+    """
+
+    stage: Stage = Stage.FLOAT
+    target: str = ""
+    ledger: tuple[OpEntry, ...] = ()
+    fates: tuple[tuple[str, str], ...] = ()
+    packs: tuple[PackRecord, ...] = ()
+    shapes_known: bool = False
+    signature: tuple[str, ...] = ()
+
+
+class QuantGraphModule(fx.GraphModule):
+    """A ``GraphModule`` with a :class:`GraphState`, faithful copies and faithful pickles."""
+
+    _state: GraphState
+
+    def __init__(
+        self,
+        root: nn.Module | dict[str, Any],
+        graph: fx.Graph,
+        class_name: str = "QuantGraphModule",
+        state: GraphState | None = None,
+    ) -> None:
+        packed = {p.name for p in state.packs} if state else set()
+        held = {name: root.__dict__[name] for name in packed if name in getattr(root, "__dict__", {})}
+        super().__init__(root, graph, class_name)
+        self.__dict__["_state"] = state or GraphState()
+        for name in packed:
+            self._buffers.pop(name, None)
+            if name in held:
+                self.__dict__[name] = held[name]
+
+    @property
+    def state(self) -> GraphState:
+        """What holds for the whole graph."""
+        return self._state
+
+    def update_state(self, **changes: Any) -> None:
+        """Replace fields of :attr:`state`."""
+        self.__dict__["_state"] = replace(self._state, **changes)
+
+    def add_fate(self, name: str, sentence: str) -> None:
+        """Record what became of an op of the float graph that no node carries out any more."""
+        if (name, sentence) not in self._state.fates:
+            self.update_state(fates=(*self._state.fates, (name, sentence)))
+
+    # -- packed constants ---------------------------------------------------------------------
+
+    def rebuild_packed(self) -> None:
+        """Make every packed constant, and every inlined number, again from the plain tensors."""
+        if not self._state.packs and self._state.stage is not Stage.LOWERED:
+            return
+        from fxquant.packing import rebind_constants, repack
+
+        repack(self)
+        rebind_constants(self)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.rebuild_packed()
+
+    # -- copies and pickles -------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantGraphModule:
+        for pack in self._state.packs:
+            packed = self.__dict__.get(pack.name)
+            memo[id(packed)] = packed  # immutable: a copy may share it until it is rebuilt
+        memo[id(self._state)] = self._state
+        result: QuantGraphModule = super().__deepcopy__(memo)  # type: ignore[assignment]  # fx annotates the base class
+        self._complete_copy(result)
+        return result
+
+    def __copy__(self) -> QuantGraphModule:
+        result: QuantGraphModule = super().__copy__()  # type: ignore[assignment]  # fx annotates the base class
+        self._complete_copy(result)
+        return result
+
+    def _complete_copy(self, result: QuantGraphModule) -> None:
+        result.__dict__["_state"] = self._state
+        present = {name for name, _ in result.named_buffers()}
+        for name, buffer in self.named_buffers():
+            if name not in present:  # fx copies only what a node mentions
+                set_attribute(result, name, buffer.clone())
+        for pack in self._state.packs:
+            result._buffers.pop(pack.name, None)
+            result.__dict__[pack.name] = self.__dict__.get(pack.name)
+        for old, new in zip(self.graph.nodes, result.graph.nodes, strict=True):
+            if old.name != new.name or old.op != new.op:
+                raise AssertionError(f"a copy renamed node {old.name!r} to {new.name!r}")
+            set_record(new, record_of(old))
+        _copy_training_flags(self, result)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        packed = {p.name for p in self._state.packs}
+        names = {str(n.target) for n in self.graph.nodes if n.op in ("call_module", "get_attr")}
+        parts = {name: attribute(self, name) for name in sorted(names - packed)}
+        extra = {
+            name: buffer
+            for name, buffer in self.named_buffers()
+            if name not in parts and not any(name.startswith(f"{p}.") for p in parts)
+        }
+        meta = dict(self.meta)
+        return (
+            _rebuild,
+            (parts, extra, encode_graph(self.graph), self._state, self.training, meta),
+        )
+
+
+def _rebuild(
+    parts: dict[str, Any],
+    extra: dict[str, torch.Tensor],
+    nodes: list[EncodedNode],
+    state: GraphState,
+    training: bool,
+    meta: dict[str, Any],
+) -> QuantGraphModule:
+    root = nn.Module()
+    for name, value in parts.items():
+        set_attribute(root, name, value)
+    graph = decode_graph(nodes)
+    bare = replace(state, packs=())
+    result = QuantGraphModule(root, graph, state=bare)
+    for name, buffer in extra.items():
+        set_attribute(result, name, buffer)
+    result.update_state(packs=state.packs)
+    result.training = training
+    result.meta.update(meta)
+    result.rebuild_packed()
+    return result
+
+
+def _copy_training_flags(source: nn.Module, destination: nn.Module) -> None:
+    flags = {name: module.training for name, module in source.named_modules()}
+    for name, module in destination.named_modules():
+        module.training = flags.get(name, module.training)
+
+
+def set_attribute(root: nn.Module, path: str, value: Any) -> None:
+    """Set a module, parameter, buffer or object at a dotted ``path``, making modules on the way."""
+    *parents, last = path.split(".")
+    holder = root
+    for atom in parents:
+        if not hasattr(holder, atom):
+            child = nn.Module()
+            child.training = root.training
+            holder.add_module(atom, child)
+        holder = getattr(holder, atom)
+    for registry in (holder._parameters, holder._buffers, holder._modules):
+        registry.pop(last, None)
+    holder.__dict__.pop(last, None)
+    if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+        holder.register_buffer(last, value)
+    else:
+        setattr(holder, last, value)
+
+
+def delete_attribute(root: nn.Module, path: str) -> None:
+    """Remove what is at ``path``, and the modules above it that are left empty."""
+    *parents, last = path.split(".")
+    chain = [root]
+    for atom in parents:
+        chain.append(getattr(chain[-1], atom))
+    delattr(chain[-1], last)
+    for holder, atom in zip(reversed(chain[:-1]), reversed(parents), strict=True):
+        child = getattr(holder, atom)
+        if type(child) is not nn.Module or any((child._parameters, child._buffers, child._modules)):
+            return
+        delattr(holder, atom)
+
+
+def derive(gm: QuantGraphModule) -> QuantGraphModule:
+    """A new module with its own graph, modules and tensors; ``gm`` is not touched."""
+    return copy.deepcopy(gm)

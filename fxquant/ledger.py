@@ -1,0 +1,107 @@
+"""The list of operations of a float graph: what every later report counts against."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import fx
+
+from fxquant.dataflow import has_float_input, is_float_tensor
+from fxquant.graph_module import OpEntry, QuantGraphModule
+from fxquant.metadata import record_of, shape_of, tensor_records
+from fxquant.op_catalog import COMPUTE_KINDS
+from fxquant.op_view import Op, kind_of, op_of, type_name
+
+
+def build_ledger(gm: QuantGraphModule) -> tuple[OpEntry, ...]:
+    """One entry per operation that a float tensor enters, in graph order.
+
+    Args:
+        gm: a float graph, nothing folded yet, with value records where example inputs ran.
+    """
+    entries = []
+    for node in gm.graph.nodes:
+        if node.op not in ("call_module", "call_function", "call_method"):
+            continue
+        float_input = has_float_input(gm, node)
+        if not float_input or not _gives_tensors(gm, node):
+            continue
+        kind = kind_of(gm, node)
+        path = str(node.target) if node.op == "call_module" else record_of(node).scope
+        entries.append(
+            OpEntry(
+                name=node.name,
+                kind=kind.name if kind is not None else type_name(gm, node),
+                type_name=type_name(gm, node),
+                path=path,
+                macs=macs_of(gm, node),
+                parameters=_parameters(gm, node),
+                float_input=float_input,
+            )
+        )
+    return tuple(entries)
+
+
+def macs_of(gm: fx.GraphModule, node: fx.Node) -> int | None:
+    """Multiply-accumulates of one call with the example inputs.
+
+    Convolution: output elements x input channels per group x kernel elements; transposed: input
+    elements x output channels per group x kernel elements; linear and matrix products: output
+    elements x inner size; recurrent modules: time steps x batch x weight elements; all else 0.
+
+    Returns:
+        ``None`` where the shapes are unknown.
+    """
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        if isinstance(module, torch.nn.RNNBase):
+            return _recurrent_macs(module, node)
+    op = op_of(gm, node)
+    if op is None or op.name not in COMPUTE_KINDS:
+        return 0
+    output, source = shape_of(node), shape_of(op.activations[0]) if op.activations else None
+    if output is None or source is None:
+        return None
+    if op.name in ("matmul", "bmm"):
+        return math.prod(output) * source[-1]
+    weight = _weight_shape(op)
+    if weight is None:
+        return None
+    if op.name.startswith("conv_transpose"):
+        return math.prod(source) * math.prod(weight[1:])
+    return math.prod(output) * math.prod(weight[1:])
+
+
+def _weight_shape(op: Op) -> tuple[int, ...] | None:
+    weight = op.constant("weight")
+    if weight is not None:
+        return tuple(weight.shape)
+    node = op.arguments.get("weight")
+    return shape_of(node) if isinstance(node, fx.Node) else None
+
+
+def _recurrent_macs(module: torch.nn.RNNBase, node: fx.Node) -> int | None:
+    source = node.args[0] if node.args else None
+    shape = shape_of(source) if isinstance(source, fx.Node) else None
+    if shape is None:
+        return None
+    weights = sum(p.numel() for n, p in module.named_parameters() if n.startswith("weight"))
+    return math.prod(shape[:-1]) * weights
+
+
+def _gives_tensors(gm: fx.GraphModule, node: fx.Node) -> bool:
+    record = record_of(node)
+    if record.has_value:
+        return any(True for _ in tensor_records(record.value))
+    return node.op == "call_module" or is_float_tensor(gm, node)
+
+
+def _parameters(gm: fx.GraphModule, node: fx.Node) -> int:
+    if node.op == "call_module":
+        return sum(p.numel() for p in gm.get_submodule(str(node.target)).parameters())
+    return sum(
+        math.prod(shape_of(argument) or ())
+        for argument in node.all_input_nodes
+        if argument.op == "get_attr"
+    )

@@ -1,0 +1,265 @@
+"""What kernels of a target are emitted with: values, sites and the state of one lowering."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxquant.dataflow import reads_only_shape
+from fxquant.kernels import as_bytes, as_quantized
+from fxquant.metadata import record_of, update_record
+from fxquant.op_view import Op, attribute
+from fxquant.operators import DEQUANTIZE
+from fxquant.packing import PACKERS, scalar
+from fxquant.rewriter import GraphRewriter
+
+
+class Representation(Enum):
+    """How an int8 value is held between kernels."""
+
+    QUANTIZED = "quantized"
+    """A torch quantized tensor, which knows its scale and zero point."""
+    BYTES = "bytes"
+    """A plain uint8 tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """An argument that is the current value of a 0-d buffer, inlined as a number."""
+
+    buffer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntValue:
+    """An int8 value of the lowered graph.
+
+    Attributes:
+        node: what computes it.
+        representation: how it is held.
+        scale: name of the 0-d scale buffer.
+        zero_point: name of the 0-d zero-point buffer.
+        root: the node that allocated its memory.
+    """
+
+    node: fx.Node
+    representation: Representation
+    scale: str
+    zero_point: str
+    root: fx.Node
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """The nodes of a quantized weight: integers ``[O, ...]``, scale and zero point."""
+
+    integers: fx.Node
+    scale: fx.Node
+    zero_point: fx.Node
+    per_channel: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """One op, with the epilogues fused behind it, that is to become a kernel.
+
+    Attributes:
+        op: the first op, as a float op on dequantized values.
+        epilogues: the further ops of the pattern that are still in the graph.
+        quantize: the quantize node that alone reads the result; ``None`` where the result is read
+            in floating point.
+        lowering: state of the run.
+    """
+
+    op: Op
+    epilogues: tuple[Op, ...]
+    quantize: fx.Node | None
+    lowering: Lowering
+
+    @property
+    def last(self) -> fx.Node:
+        """The node whose value leaves the site."""
+        return self.epilogues[-1].node if self.epilogues else self.op.node
+
+    @property
+    def members(self) -> tuple[fx.Node, ...]:
+        """All nodes of the site."""
+        return (self.op.node, *(op.node for op in self.epilogues))
+
+    def integers(self, argument: object) -> IntValue | None:
+        """The int8 value behind a dequantized argument, or ``None`` for a float one."""
+        if not isinstance(argument, fx.Node) or argument.target is not DEQUANTIZE:
+            return None
+        return self.lowering.values.get(argument.args[0])
+
+    def inputs(self) -> tuple[IntValue, ...] | None:
+        """The int8 values of all activations, or ``None`` where one is in floating point."""
+        found = [self.integers(a) for a in self.op.activations]
+        known = [value for value in found if value is not None]
+        return tuple(known) if len(known) == len(found) else None
+
+    def weight(self) -> Weight | None:
+        """The quantized weight, or ``None`` where the weight is in floating point."""
+        node = self.op.arguments.get("weight")
+        if not isinstance(node, fx.Node) or node.target is not DEQUANTIZE:
+            return None
+        integers, scale, zero_point, *axis = node.args
+        assert isinstance(integers, fx.Node) and isinstance(scale, fx.Node)
+        assert isinstance(zero_point, fx.Node)
+        per_channel = bool(axis) and axis[0] is not None
+        return Weight(
+            integers=integers, scale=scale, zero_point=zero_point, per_channel=per_channel
+        )
+
+    @property
+    def output_scale(self) -> Bound | float:
+        """The output's scale, or 1 for a float result."""
+        return 1.0 if self.quantize is None else Bound(_buffer(self.quantize.args[1]))
+
+    @property
+    def output_zero_point(self) -> Bound | int:
+        """The output's zero point, or 0 for a float result."""
+        return 0 if self.quantize is None else Bound(_buffer(self.quantize.args[2]))
+
+
+@dataclass
+class Lowering:
+    """State of one lowering: what integers exist, and how to make more.
+
+    Attributes:
+        rewriter: of the graph.
+        values: quantize node of the reference graph -> its value in the lowered graph.
+        order: position of every reference node before lowering began.
+    """
+
+    rewriter: GraphRewriter
+    values: dict[object, IntValue] = field(default_factory=dict)
+    order: Mapping[fx.Node, int] = field(default_factory=dict)
+    _converted: dict[tuple[fx.Node, Representation], fx.Node] = field(default_factory=dict)
+
+    @property
+    def gm(self) -> Any:
+        """The module that is lowered."""
+        return self.rewriter.gm
+
+    def call(
+        self,
+        target: Callable[..., Any],
+        args: tuple[Any, ...],
+        *,
+        at: fx.Node,
+        like: fx.Node | None = None,
+        kernel: str = "",
+        dtype: torch.dtype | None = None,
+        name: str | None = None,
+        origins: tuple[str, ...] = (),
+    ) -> fx.Node:
+        """Insert a call before ``at``; :class:`Bound` arguments are inlined and remembered."""
+        bound = tuple((i, a.buffer) for i, a in enumerate(args) if isinstance(a, Bound))
+        plain = tuple(
+            scalar(attribute(self.gm, a.buffer)) if isinstance(a, Bound) else a for a in args
+        )
+        return self.rewriter.call(
+            target,
+            plain,
+            before=at,
+            like=like or at,
+            name=name,
+            dtype=dtype,
+            bound=bound,
+            kernel=kernel,
+            origins=origins,
+        )
+
+    def pack(self, packer: str, args: tuple[Any, ...], *, at: fx.Node) -> fx.Node:
+        """Insert the packing of a weight; the prepack pass makes a constant of it."""
+        return self.call(PACKERS[packer].function, args, at=at, name=f"{at.name}_packed")
+
+    def emit(self, site: Site, target: Callable[..., Any], args: tuple[Any, ...], kernel: str) -> fx.Node:
+        """Insert the kernel of a site: it carries the site's records and origins."""
+        record = record_of(site.op.node)
+        origins = tuple(o for node in site.members for o in record_of(node).origins)
+        reasons = tuple(dict.fromkeys(r for n in site.members for r in record_of(n).reasons))
+        node = self.call(
+            target,
+            args,
+            at=site.last,
+            like=site.last,
+            kernel=kernel,
+            dtype=torch.uint8 if site.quantize is not None else torch.float32,
+            name=f"{site.op.node.name}_int8",
+            origins=origins,
+        )
+        update_record(
+            node,
+            rule=record.rule,
+            qconfig=record.qconfig,
+            annotation=record.annotation,
+            fusion=record.fusion,
+            share_group=record.share_group,
+            reasons=reasons,
+        )
+        return node
+
+    def result(self, site: Site, node: fx.Node, held: Representation, root: fx.Node | None = None) -> None:
+        """Register ``node`` as the site's int8 result."""
+        assert site.quantize is not None
+        self.values[site.quantize] = IntValue(
+            node=node,
+            representation=held,
+            scale=_buffer(site.quantize.args[1]),
+            zero_point=_buffer(site.quantize.args[2]),
+            root=root or node,
+        )
+
+    def result_float(self, site: Site, node: fx.Node) -> None:
+        """Let the readers of the site's float value read ``node``."""
+        self.rewriter.replace_uses(site.last, node)
+
+    def held_as(self, value: IntValue, wanted: Representation, *, at: fx.Node) -> fx.Node:
+        """``value`` in the wanted representation, converted once, right after it is made."""
+        if value.representation is wanted:
+            return value.node
+        key = (value.node, wanted)
+        if key not in self._converted:
+            following = value.node.next
+            if wanted is Representation.BYTES:
+                made = self.call(
+                    as_bytes, (value.node,), at=following, like=value.node, dtype=torch.uint8
+                )
+            else:
+                made = self.call(
+                    as_quantized,
+                    (value.node, Bound(value.scale), Bound(value.zero_point)),
+                    at=following,
+                    like=value.node,
+                    dtype=torch.uint8,
+                )
+            self._converted[key] = made
+        return self._converted[key]
+
+    def last_reader(self, value: IntValue) -> tuple[int, str]:
+        """Position and name of the last reference node that reads the memory of ``value``."""
+        last, name = -1, ""
+        for quantize, other in self.values.items():
+            if other.root is not value.root or not isinstance(quantize, fx.Node):
+                continue
+            for user in quantize.users:
+                readers = user.users if user.target is DEQUANTIZE else [user]
+                for reader in readers:
+                    if reads_only_shape(reader):
+                        continue
+                    position = self.order.get(reader, 1 << 60)
+                    if position > last:
+                        last, name = position, reader.name
+        return last, name
+
+
+def _buffer(argument: object) -> str:
+    assert isinstance(argument, fx.Node) and argument.op == "get_attr"
+    return str(argument.target)

@@ -1,0 +1,527 @@
+"""The kinds of operation that fxquant knows, and every form PyTorch code spells them in.
+
+A kind is one mathematical operation. A form is a module class, a function or a method name.
+Everything here is data; :mod:`fxquant.op_view` reads it. Adding a form is adding a name to a row.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+REQUIRED = object()
+"""Marks a parameter of a signature that has no default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpKind:
+    """One operation and all its spellings.
+
+    Attributes:
+        name: the canonical name, also printed in reports.
+        signature: parameter names and defaults in positional order, of the functional form;
+            a method has the same with ``self`` as the first.
+        activations: the parameters that carry activations (float tensors to be quantized).
+        constants: the parameters that carry weights, biases and statistics.
+        functions: the callables that mean this kind with :attr:`signature`.
+        methods: the ``torch.Tensor`` method names that mean this kind.
+        modules: module class -> names of the attributes that stand for parameters
+            (parameter name -> attribute name); constants are read under their own names.
+        inplace: functions and methods that also write their first argument.
+        variadic: the method form takes the last parameter as separate arguments too
+            (``x.view(2, -1)``).
+    """
+
+    name: str
+    signature: tuple[tuple[str, object], ...]
+    activations: tuple[str, ...] = ("input",)
+    constants: tuple[str, ...] = ()
+    functions: tuple[Callable[..., object], ...] = ()
+    methods: tuple[str, ...] = ()
+    modules: dict[type[nn.Module], dict[str, str]] = field(default_factory=dict)
+    inplace: tuple[object, ...] = ()
+    variadic: bool = False
+
+
+def _signature(text: str, **defaults: object) -> tuple[tuple[str, object], ...]:
+    """``_signature("input weight bias", bias=None)``: names in order, defaults by keyword."""
+    return tuple((name, defaults.get(name, REQUIRED)) for name in text.split())
+
+
+def _same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+_CONV_ATTRIBUTES = _same("stride", "padding", "dilation", "groups", "padding_mode")
+_CONV_TRANSPOSE_ATTRIBUTES = _same("stride", "padding", "output_padding", "groups", "dilation")
+_MAX_POOL_ATTRIBUTES = _same(
+    "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"
+)
+_AVG_POOL_ATTRIBUTES = _same("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
+
+
+def _conv(dim: int, module: type[nn.Module], function: Callable[..., object]) -> OpKind:
+    return OpKind(
+        name=f"conv{dim}d",
+        signature=_signature(
+            "input weight bias stride padding dilation groups",
+            bias=None,
+            stride=1,
+            padding=0,
+            dilation=1,
+            groups=1,
+        ),
+        constants=("weight", "bias"),
+        functions=(function,),
+        modules={module: _CONV_ATTRIBUTES},
+    )
+
+
+def _conv_transpose(dim: int, module: type[nn.Module], function: Callable[..., object]) -> OpKind:
+    return OpKind(
+        name=f"conv_transpose{dim}d",
+        signature=_signature(
+            "input weight bias stride padding output_padding groups dilation",
+            bias=None,
+            stride=1,
+            padding=0,
+            output_padding=0,
+            groups=1,
+            dilation=1,
+        ),
+        constants=("weight", "bias"),
+        functions=(function,),
+        modules={module: _CONV_TRANSPOSE_ATTRIBUTES},
+    )
+
+
+def _max_pool(dim: int, module: type[nn.Module], functions: tuple[object, ...]) -> OpKind:
+    return OpKind(
+        name=f"max_pool{dim}d",
+        signature=_signature(
+            "input kernel_size stride padding dilation ceil_mode return_indices",
+            stride=None,
+            padding=0,
+            dilation=1,
+            ceil_mode=False,
+            return_indices=False,
+        ),
+        functions=functions,  # type: ignore[arg-type]  # boolean_dispatch objects are callables without a type
+        modules={module: _MAX_POOL_ATTRIBUTES},
+    )
+
+
+def _avg_pool(dim: int, module: type[nn.Module], function: Callable[..., object]) -> OpKind:
+    attributes = dict(_AVG_POOL_ATTRIBUTES)
+    if dim > 1:
+        attributes["divisor_override"] = "divisor_override"
+    return OpKind(
+        name=f"avg_pool{dim}d",
+        signature=_signature(
+            "input kernel_size stride padding ceil_mode count_include_pad divisor_override",
+            stride=None,
+            padding=0,
+            ceil_mode=False,
+            count_include_pad=True,
+            divisor_override=None,
+        ),
+        functions=(function,),
+        modules={module: attributes},
+    )
+
+
+def _unary(
+    name: str,
+    functions: tuple[Callable[..., object], ...] = (),
+    module: type[nn.Module] | None = None,
+    *,
+    extra: str = "",
+    attributes: dict[str, str] | None = None,
+    methods: tuple[str, ...] = (),
+    inplace: tuple[object, ...] = (),
+    variadic: bool = False,
+    **defaults: object,
+) -> OpKind:
+    """A unary function; ``extra`` lists the further parameters after ``input``."""
+    return OpKind(
+        name=name,
+        signature=_signature(f"input {extra}", **({"inplace": False} | defaults)),
+        variadic=variadic,
+        functions=functions,
+        methods=methods,
+        modules={} if module is None else {module: attributes or {}},
+        inplace=inplace,
+    )
+
+
+def _arithmetic(
+    name: str,
+    functions: tuple[Callable[..., object], ...],
+    methods: tuple[str, ...],
+    inplace: tuple[object, ...] = (),
+    *,
+    extra: str = "",
+    **defaults: object,
+) -> OpKind:
+    return OpKind(
+        name=name,
+        signature=_signature(f"input other {extra}", **defaults),
+        activations=("input", "other"),
+        functions=functions,
+        methods=methods,
+        inplace=inplace,
+    )
+
+
+KINDS: tuple[OpKind, ...] = (
+    # -- convolutions and matrix products ---------------------------------------------------------
+    _conv(1, nn.Conv1d, F.conv1d),
+    _conv(2, nn.Conv2d, F.conv2d),
+    _conv(3, nn.Conv3d, F.conv3d),
+    _conv_transpose(1, nn.ConvTranspose1d, F.conv_transpose1d),
+    _conv_transpose(2, nn.ConvTranspose2d, F.conv_transpose2d),
+    _conv_transpose(3, nn.ConvTranspose3d, F.conv_transpose3d),
+    OpKind(
+        name="linear",
+        signature=_signature("input weight bias", bias=None),
+        constants=("weight", "bias"),
+        functions=(F.linear,),
+        modules={nn.Linear: {}},
+    ),
+    OpKind(
+        name="bilinear",
+        signature=_signature("input1 input2 weight bias", bias=None),
+        activations=("input1", "input2"),
+        constants=("weight", "bias"),
+        functions=(F.bilinear,),
+        modules={nn.Bilinear: {}},
+    ),
+    _arithmetic(
+        "matmul", (torch.matmul, operator.matmul, torch.mm), ("matmul", "mm", "__matmul__")
+    ),
+    _arithmetic("bmm", (torch.bmm,), ("bmm",)),
+    # -- normalisation ----------------------------------------------------------------------------
+    OpKind(
+        name="batch_norm",
+        signature=_signature(
+            "input running_mean running_var weight bias training momentum eps",
+            weight=None,
+            bias=None,
+            training=False,
+            momentum=0.1,
+            eps=1e-5,
+        ),
+        constants=("running_mean", "running_var", "weight", "bias"),
+        functions=(F.batch_norm,),
+        modules={
+            nn.BatchNorm1d: _same("training", "eps"),
+            nn.BatchNorm2d: _same("training", "eps"),
+            nn.BatchNorm3d: _same("training", "eps"),
+        },
+    ),
+    OpKind(
+        name="layer_norm",
+        signature=_signature(
+            "input normalized_shape weight bias eps", weight=None, bias=None, eps=1e-5
+        ),
+        constants=("weight", "bias"),
+        functions=(F.layer_norm,),
+        modules={nn.LayerNorm: _same("normalized_shape", "eps")},
+    ),
+    OpKind(
+        name="group_norm",
+        signature=_signature(
+            "input num_groups weight bias eps", weight=None, bias=None, eps=1e-5
+        ),
+        constants=("weight", "bias"),
+        functions=(F.group_norm,),
+        modules={nn.GroupNorm: _same("num_groups", "eps")},
+    ),
+    # -- arithmetic -------------------------------------------------------------------------------
+    _arithmetic(
+        "add",
+        (operator.add, torch.add, operator.iadd),
+        ("add", "add_"),
+        (operator.iadd, "add_"),
+        extra="alpha",
+        alpha=1,
+    ),
+    _arithmetic(
+        "sub",
+        (operator.sub, torch.sub, torch.subtract, operator.isub),
+        ("sub", "sub_"),
+        (operator.isub, "sub_"),
+        extra="alpha",
+        alpha=1,
+    ),
+    _arithmetic(
+        "mul",
+        (operator.mul, torch.mul, torch.multiply, operator.imul),
+        ("mul", "mul_", "multiply"),
+        (operator.imul, "mul_"),
+    ),
+    _arithmetic(
+        "div",
+        (operator.truediv, torch.div, torch.true_divide, operator.itruediv),
+        ("div", "div_", "true_divide"),
+        (operator.itruediv, "div_"),
+        extra="rounding_mode",
+        rounding_mode=None,
+    ),
+    OpKind(
+        name="cat",
+        signature=_signature("tensors dim", dim=0),
+        activations=("tensors",),
+        functions=(torch.cat, torch.concat, torch.concatenate),
+    ),
+    OpKind(
+        name="stack",
+        signature=_signature("tensors dim", dim=0),
+        activations=("tensors",),
+        functions=(torch.stack,),
+    ),
+    # -- activation functions ---------------------------------------------------------------------
+    _unary(
+        "relu",
+        (F.relu, torch.relu, torch.relu_, F.relu_),
+        nn.ReLU,
+        extra="inplace",
+        inplace=(torch.relu_, F.relu_, "relu_"),
+        methods=("relu", "relu_"),
+    ),
+    _unary("relu6", (F.relu6,), nn.ReLU6, extra="inplace"),
+    _unary(
+        "hardtanh",
+        (F.hardtanh, F.hardtanh_),
+        nn.Hardtanh,
+        extra="min_val max_val inplace",
+        attributes=_same("min_val", "max_val"),
+        inplace=(F.hardtanh_,),
+        min_val=-1.0,
+        max_val=1.0,
+    ),
+    _unary(
+        "clamp",
+        (torch.clamp, torch.clip, torch.clamp_, torch.clip_),
+        extra="min max",
+        methods=("clamp", "clamp_", "clip", "clip_"),
+        inplace=(torch.clamp_, torch.clip_, "clamp_", "clip_"),
+        min=None,
+        max=None,
+    ),
+    _unary(
+        "clamp_min",
+        (torch.clamp_min, torch.clamp_min_),
+        extra="min",
+        methods=("clamp_min", "clamp_min_"),
+        inplace=(torch.clamp_min_, "clamp_min_"),
+    ),
+    _unary(
+        "clamp_max",
+        (torch.clamp_max, torch.clamp_max_),
+        extra="max",
+        methods=("clamp_max", "clamp_max_"),
+        inplace=(torch.clamp_max_, "clamp_max_"),
+    ),
+    _unary(
+        "leaky_relu",
+        (F.leaky_relu, F.leaky_relu_),
+        nn.LeakyReLU,
+        extra="negative_slope inplace",
+        attributes=_same("negative_slope"),
+        inplace=(F.leaky_relu_,),
+        negative_slope=0.01,
+    ),
+    _unary(
+        "elu", (F.elu, F.elu_), nn.ELU, extra="alpha inplace", attributes=_same("alpha"),
+        inplace=(F.elu_,), alpha=1.0,
+    ),
+    _unary("hardswish", (F.hardswish,), nn.Hardswish, extra="inplace"),
+    _unary("hardsigmoid", (F.hardsigmoid,), nn.Hardsigmoid, extra="inplace"),
+    _unary("silu", (F.silu,), nn.SiLU, extra="inplace"),
+    _unary("mish", (F.mish,), nn.Mish, extra="inplace"),
+    _unary(
+        "gelu",
+        (F.gelu,),
+        nn.GELU,
+        extra="approximate",
+        attributes=_same("approximate"),
+        approximate="none",
+    ),
+    _unary(
+        "sigmoid",
+        (torch.sigmoid, F.sigmoid, torch.sigmoid_),
+        nn.Sigmoid,
+        methods=("sigmoid", "sigmoid_"),
+        inplace=(torch.sigmoid_, "sigmoid_"),
+    ),
+    _unary(
+        "tanh",
+        (torch.tanh, F.tanh, torch.tanh_),
+        nn.Tanh,
+        methods=("tanh", "tanh_"),
+        inplace=(torch.tanh_, "tanh_"),
+    ),
+    _unary(
+        "softmax",
+        (F.softmax, torch.softmax),
+        nn.Softmax,
+        extra="dim",
+        attributes=_same("dim"),
+        methods=("softmax",),
+        dim=None,
+    ),
+    OpKind(
+        name="prelu",
+        signature=_signature("input weight"),
+        constants=("weight",),
+        functions=(F.prelu, torch.prelu),
+        modules={nn.PReLU: {}},
+    ),
+    # -- pooling and resampling -------------------------------------------------------------------
+    _max_pool(1, nn.MaxPool1d, (F.max_pool1d, torch.max_pool1d, F.max_pool1d_with_indices)),
+    _max_pool(2, nn.MaxPool2d, (F.max_pool2d, torch.max_pool2d, F.max_pool2d_with_indices)),
+    _max_pool(3, nn.MaxPool3d, (F.max_pool3d, torch.max_pool3d, F.max_pool3d_with_indices)),
+    _avg_pool(1, nn.AvgPool1d, F.avg_pool1d),
+    _avg_pool(2, nn.AvgPool2d, F.avg_pool2d),
+    _avg_pool(3, nn.AvgPool3d, F.avg_pool3d),
+    OpKind(
+        name="adaptive_avg_pool1d",
+        signature=_signature("input output_size"),
+        functions=(F.adaptive_avg_pool1d,),
+        modules={nn.AdaptiveAvgPool1d: _same("output_size")},
+    ),
+    OpKind(
+        name="adaptive_avg_pool2d",
+        signature=_signature("input output_size"),
+        functions=(F.adaptive_avg_pool2d,),
+        modules={nn.AdaptiveAvgPool2d: _same("output_size")},
+    ),
+    OpKind(
+        name="adaptive_avg_pool3d",
+        signature=_signature("input output_size"),
+        functions=(F.adaptive_avg_pool3d,),
+        modules={nn.AdaptiveAvgPool3d: _same("output_size")},
+    ),
+    OpKind(
+        name="interpolate",
+        signature=_signature(
+            "input size scale_factor mode align_corners recompute_scale_factor antialias",
+            size=None,
+            scale_factor=None,
+            mode="nearest",
+            align_corners=None,
+            recompute_scale_factor=None,
+            antialias=False,
+        ),
+        functions=(F.interpolate,),
+        modules={
+            nn.Upsample: _same(
+                "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor"
+            )
+        },
+    ),
+    OpKind(
+        name="mean",
+        signature=_signature("input dim keepdim", dim=None, keepdim=False),
+        functions=(torch.mean,),
+        methods=("mean",),
+    ),
+    # -- moving values about ----------------------------------------------------------------------
+    OpKind(
+        name="pad",
+        signature=_signature("input pad mode value", mode="constant", value=None),
+        functions=(F.pad, torch.nn.functional.pad),
+        modules={
+            nn.ZeroPad1d: _same() | {"pad": "padding"},
+            nn.ZeroPad2d: {"pad": "padding"},
+            nn.ZeroPad3d: {"pad": "padding"},
+            nn.ConstantPad1d: {"pad": "padding", "value": "value"},
+            nn.ConstantPad2d: {"pad": "padding", "value": "value"},
+            nn.ConstantPad3d: {"pad": "padding", "value": "value"},
+        },
+    ),
+    OpKind(
+        name="flatten",
+        signature=_signature("input start_dim end_dim", start_dim=0, end_dim=-1),
+        functions=(torch.flatten,),
+        methods=("flatten",),
+        modules={nn.Flatten: _same("start_dim", "end_dim")},
+    ),
+    _unary("reshape", (torch.reshape,), extra="shape", methods=("reshape",), variadic=True),
+    _unary("view", (), extra="shape", methods=("view",), variadic=True),
+    _unary("permute", (torch.permute,), extra="dims", methods=("permute",), variadic=True),
+    _unary(
+        "transpose",
+        (torch.transpose, torch.swapaxes),
+        extra="dim0 dim1",
+        methods=("transpose", "swapaxes"),
+    ),
+    _unary("squeeze", (torch.squeeze,), extra="dim", methods=("squeeze",), dim=None),
+    _unary("unsqueeze", (torch.unsqueeze,), extra="dim", methods=("unsqueeze",)),
+    OpKind(
+        name="slice",
+        signature=_signature("input index"),
+        functions=(operator.getitem,),
+        methods=("__getitem__",),
+    ),
+    _unary(
+        "contiguous", (), extra="memory_format", methods=("contiguous",),
+        memory_format=torch.contiguous_format,
+    ),
+    _unary("detach", (torch.detach,), methods=("detach",)),
+    _unary(
+        "dropout",
+        (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d),
+        nn.Dropout,
+        extra="p training inplace",
+        attributes=_same("p", "training"),
+        p=0.5,
+        training=True,
+    ),
+    _unary("identity", (), nn.Identity),
+    _unary(
+        "pixel_shuffle",
+        (F.pixel_shuffle,),
+        nn.PixelShuffle,
+        extra="upscale_factor",
+        attributes=_same("upscale_factor"),
+    ),
+    _unary(
+        "pixel_unshuffle",
+        (F.pixel_unshuffle,),
+        nn.PixelUnshuffle,
+        extra="downscale_factor",
+        attributes=_same("downscale_factor"),
+    ),
+    _unary(
+        "channel_shuffle",
+        (F.channel_shuffle, F.native_channel_shuffle),
+        nn.ChannelShuffle,
+        extra="groups",
+        attributes=_same("groups"),
+    ),
+)
+
+KIND_BY_NAME: dict[str, OpKind] = {kind.name: kind for kind in KINDS}
+KIND_BY_FUNCTION: dict[object, OpKind] = {f: kind for kind in KINDS for f in kind.functions}
+KIND_BY_METHOD: dict[str, OpKind] = {m: kind for kind in KINDS for m in kind.methods}
+KIND_BY_MODULE: dict[type[nn.Module], OpKind] = {
+    module: kind for kind in KINDS for module in kind.modules
+} | {
+    nn.Dropout1d: KIND_BY_NAME["dropout"],
+    nn.Dropout2d: KIND_BY_NAME["dropout"],
+    nn.Dropout3d: KIND_BY_NAME["dropout"],
+}
+
+COMPUTE_KINDS = frozenset(
+    {f"conv{d}d" for d in (1, 2, 3)}
+    | {f"conv_transpose{d}d" for d in (1, 2, 3)}
+    | {"linear", "bilinear", "matmul", "bmm"}
+)
+"""The kinds whose multiply-accumulates are counted by :mod:`fxquant.audit`."""

@@ -1,0 +1,202 @@
+"""One view of an operation, whatever form the code spells it in.
+
+``op_of(gm, node)`` gives the kind, the bound arguments and the constants of a node. Float graphs
+keep their module, function and method nodes; patterns, annotation and targets see only this view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxquant.op_catalog import (
+    KIND_BY_FUNCTION,
+    KIND_BY_METHOD,
+    KIND_BY_MODULE,
+    REQUIRED,
+    OpKind,
+)
+
+
+class Form(Enum):
+    """How the code spells an operation."""
+
+    MODULE = "module"
+    FUNCTION = "function"
+    METHOD = "method"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Op:
+    """A bound operation.
+
+    Attributes:
+        node: the node it is.
+        kind: what it computes.
+        form: how it is spelt.
+        arguments: parameter name -> argument, defaults filled in, in canonical order; for modules,
+            attributes stand in for parameters, and constants are absent (see :meth:`constant`).
+    """
+
+    node: fx.Node
+    kind: OpKind
+    form: Form
+    arguments: Mapping[str, Any]
+    owner: fx.GraphModule
+
+    @property
+    def name(self) -> str:
+        """The kind's name."""
+        return self.kind.name
+
+    @property
+    def activations(self) -> tuple[fx.Node, ...]:
+        """The nodes that carry the activation inputs, flat, in order; constants not among them."""
+        found: list[fx.Node] = []
+        for name in self.kind.activations:
+            value = self.arguments.get(name)
+            items = value if isinstance(value, (tuple, list)) else (value,)
+            found.extend(item for item in items if isinstance(item, fx.Node))
+        return tuple(found)
+
+    def constant_path(self, name: str) -> str | None:
+        """Dotted path of the parameter or buffer that is this op's ``name``, or ``None``.
+
+        ``None`` means that there is none (``bias=None``) or that it is computed in the graph;
+        :meth:`computes` tells the two apart.
+        """
+        if self.form is Form.MODULE:
+            module = self.owner.get_submodule(str(self.node.target))
+            return f"{self.node.target}.{name}" if getattr(module, name, None) is not None else None
+        value = self.arguments.get(name)
+        if isinstance(value, fx.Node) and value.op == "get_attr":
+            return str(value.target)
+        return None
+
+    def constant(self, name: str) -> torch.Tensor | None:
+        """The parameter or buffer that is this op's ``name``, or ``None``."""
+        path = self.constant_path(name)
+        if path is None:
+            return None
+        value = attribute(self.owner, path)
+        return value if isinstance(value, torch.Tensor) else None
+
+    def computes(self, name: str) -> bool:
+        """Whether the constant ``name`` is computed in the graph (a weight that is no weight)."""
+        value = self.arguments.get(name)
+        return isinstance(value, fx.Node) and value.op != "get_attr"
+
+
+def attribute(root: nn.Module, path: str) -> Any:
+    """The attribute of ``root`` at a dotted ``path``."""
+    value: Any = root
+    for atom in path.split("."):
+        value = getattr(value, atom)
+    return value
+
+
+def kind_of(gm: fx.GraphModule, node: fx.Node) -> OpKind | None:
+    """The kind of ``node``, or ``None`` for what the catalogue does not know."""
+    if node.op == "call_module":
+        return KIND_BY_MODULE.get(type(gm.get_submodule(str(node.target))))
+    if node.op == "call_function":
+        return KIND_BY_FUNCTION.get(node.target)
+    if node.op == "call_method":
+        return KIND_BY_METHOD.get(str(node.target))
+    return None
+
+
+def op_of(gm: fx.GraphModule, node: fx.Node) -> Op | None:
+    """The view of ``node``, or ``None`` where it is no known op or its arguments do not bind.
+
+    Args:
+        gm: the module that owns the node's graph and parameters.
+        node: any node of that graph.
+    """
+    kind = kind_of(gm, node)
+    if kind is None:
+        return None
+    bound = _bind(kind, node)
+    if bound is None:
+        return None
+    form = {
+        "call_module": Form.MODULE,
+        "call_function": Form.FUNCTION,
+        "call_method": Form.METHOD,
+    }[node.op]
+    if form is Form.MODULE:
+        module = gm.get_submodule(str(node.target))
+        names = _attributes(type(module))
+        for parameter, default in kind.signature[1:]:
+            if parameter in kind.constants:
+                bound.pop(parameter, None)
+            elif parameter in names:
+                bound[parameter] = getattr(module, names[parameter])
+            elif parameter not in bound and default is not REQUIRED:
+                bound[parameter] = default
+        for parameter, attribute_name in names.items():
+            bound.setdefault(parameter, getattr(module, attribute_name))
+    elif any(bound.get(name, REQUIRED) is REQUIRED for name, _ in kind.signature):
+        return None
+    return Op(node=node, kind=kind, form=form, arguments=bound, owner=gm)
+
+
+def type_of(gm: fx.GraphModule, node: fx.Node) -> object:
+    """What ``object_type`` rules compare with: module class, function or method name."""
+    if node.op == "call_module":
+        return type(gm.get_submodule(str(node.target)))
+    return node.target
+
+
+def type_name(gm: fx.GraphModule, node: fx.Node) -> str:
+    """The short name of :func:`type_of`, for reports."""
+    found = type_of(gm, node)
+    return found if isinstance(found, str) else str(getattr(found, "__name__", found))
+
+
+def is_inplace(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether ``node`` writes the tensor that is its first argument."""
+    kind = kind_of(gm, node)
+    if node.op == "call_module":
+        return bool(getattr(gm.get_submodule(str(node.target)), "inplace", False))
+    if kind is not None and node.target in kind.inplace:
+        return True
+    if node.op == "call_function" and kind is not None:
+        bound = _bind(kind, node)
+        return bound is not None and bound.get("inplace", False) is True
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
+    return False
+
+
+def _attributes(module_type: type[nn.Module]) -> Mapping[str, str]:
+    kind = KIND_BY_MODULE[module_type]
+    return kind.modules.get(module_type) or next(iter(kind.modules.values()))
+
+
+def _bind(kind: OpKind, node: fx.Node) -> dict[str, Any] | None:
+    names = [name for name, _ in kind.signature]
+    args = list(node.args)
+    if kind.variadic and node.op == "call_method" and len(args) > 1:
+        rest = args[1:]
+        args = [args[0], rest[0] if isinstance(rest[0], (tuple, list)) else tuple(rest)]
+    if len(args) > len(names):
+        return None
+    bound = {name: default for name, default in kind.signature}
+    bound.update(zip(names, args, strict=False))
+    known = set(names) | {"inplace"}
+    aliases = {"x": "input", "self": "input", "axis": "dim", "out": None, "A": "input", "B": "other"}
+    for key, value in node.kwargs.items():
+        name = key if key in known else aliases.get(key)
+        if name is None:
+            if value is None or value is False:
+                continue
+            return None
+        bound[name] = value
+    return bound

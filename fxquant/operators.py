@@ -1,0 +1,86 @@
+"""The operators of the reference graph: ``fxquant::quantize`` and ``fxquant::dequantize``.
+
+They are defined by the arithmetic of :mod:`fxquant.specs` and nothing else, on every device, with
+fake implementations so that shapes propagate and graphs export.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxquant.specs import QParams, QuantSpec, dequantize, quantize
+
+_LIBRARY = torch.library.Library("fxquant", "DEF")
+
+_LIBRARY.define(
+    "quantize(Tensor input, Tensor scale, Tensor zero_point, int quant_min, int quant_max,"
+    " ScalarType dtype, int? axis=None) -> Tensor"
+)
+_LIBRARY.define(
+    "dequantize(Tensor input, Tensor scale, Tensor zero_point, int? axis=None) -> Tensor"
+)
+
+
+def _spec(
+    quant_min: int, quant_max: int, dtype: torch.dtype, axis: int | None
+) -> QuantSpec:
+    scheme = torch.per_tensor_affine if axis is None else torch.per_channel_affine
+    return QuantSpec(
+        dtype=dtype, qscheme=scheme, quant_min=quant_min, quant_max=quant_max, ch_axis=axis
+    )
+
+
+def _quantize(
+    input: Tensor,  # noqa: A002  # the operator's schema
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    dtype: torch.dtype,
+    axis: int | None = None,
+) -> Tensor:
+    return quantize(input, QParams(scale, zero_point, _spec(quant_min, quant_max, dtype, axis)))
+
+
+def _dequantize(
+    input: Tensor,  # noqa: A002  # the operator's schema
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: int | None = None,
+) -> Tensor:
+    info = torch.iinfo(input.dtype)
+    return dequantize(
+        input, QParams(scale, zero_point, _spec(info.min, info.max, input.dtype, axis))
+    )
+
+
+_LIBRARY.impl("quantize", _quantize, "CompositeExplicitAutograd")
+_LIBRARY.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fxquant::quantize", lib=_LIBRARY)
+def _quantize_fake(
+    input: Tensor,  # noqa: A002  # the operator's schema
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    dtype: torch.dtype,
+    axis: int | None = None,
+) -> Tensor:
+    return torch.empty_like(input, dtype=dtype)
+
+
+@torch.library.register_fake("fxquant::dequantize", lib=_LIBRARY)
+def _dequantize_fake(
+    input: Tensor,  # noqa: A002  # the operator's schema
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: int | None = None,
+) -> Tensor:
+    return torch.empty_like(input, dtype=torch.float32)
+
+
+QUANTIZE = torch.ops.fxquant.quantize.default
+DEQUANTIZE = torch.ops.fxquant.dequantize.default

@@ -1,0 +1,161 @@
+"""Packed weights and inlined numbers: caches, made from the plain tensors of a lowered module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxquant.engines import consume_deprecation_warning, engine
+from fxquant.graph_module import PackRecord, QuantGraphModule
+from fxquant.metadata import record_of
+from fxquant.op_view import attribute
+
+
+def repack(gm: QuantGraphModule) -> None:
+    """Make every packed constant of ``gm`` from its plain tensors."""
+    consume_deprecation_warning()
+    for record in gm.state.packs:
+        gm.__dict__[record.name] = pack(gm, record)
+
+
+def pack(gm: QuantGraphModule, record: PackRecord) -> Any:
+    """One packed constant."""
+    tensors = [attribute(gm, name).detach() if name else None for name in record.tensors]
+    return PACKERS[record.packer].function(*tensors, *record.options)
+
+
+def rebind_constants(gm: QuantGraphModule) -> None:
+    """Inline the current values of the buffers that nodes are bound to, and recompile."""
+    changed = False
+    for node in gm.graph.nodes:
+        bound = record_of(node).bound
+        if not bound:
+            continue
+        args = list(node.args)
+        for position, name in bound:
+            args[position] = scalar(attribute(gm, name))
+        if tuple(args) != node.args:
+            node.args = tuple(args)
+            changed = True
+    if changed:
+        gm.recompile()
+
+
+def scalar(value: Tensor) -> float | int:
+    """A 0-d tensor as the Python number to inline."""
+    number: float | int = value.item()
+    return number
+
+
+def _quantized_weight(weight: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    if scale.dim() == 0:
+        return torch._make_per_tensor_quantized_tensor(
+            weight, float(scale), int(zero_point)
+        )
+    return torch._make_per_channel_quantized_tensor(
+        weight, scale.to(torch.float64), zero_point.to(torch.int64), axis
+    )
+
+
+def pack_conv(
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bias: Tensor | None,
+    dimensions: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    engine_name: str,
+) -> Any:
+    """Pack a convolution weight ``[O, I / groups, ...]`` for ``quantized::conv{n}d``."""
+    operator = getattr(torch.ops.quantized, f"conv{dimensions}d_prepack")
+    with engine(engine_name):
+        return operator(
+            _quantized_weight(weight, scale, zero_point, 0), bias, stride, padding, dilation, groups
+        )
+
+
+def pack_conv_transpose(
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bias: Tensor | None,
+    dimensions: int,
+    stride: list[int],
+    padding: list[int],
+    output_padding: list[int],
+    dilation: list[int],
+    groups: int,
+    engine_name: str,
+) -> Any:
+    """Pack a weight ``[I, O / groups, ...]`` for ``quantized::conv_transpose{n}d``."""
+    operator = getattr(torch.ops.quantized, f"conv_transpose{dimensions}d_prepack")
+    with engine(engine_name):
+        return operator(
+            _quantized_weight(weight, scale, zero_point, 1),
+            bias,
+            stride,
+            padding,
+            output_padding,
+            dilation,
+            groups,
+        )
+
+
+def pack_linear(
+    weight: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, engine_name: str
+) -> Any:
+    """Pack a weight ``[O, I]`` for ``quantized::linear``."""
+    with engine(engine_name):
+        return torch.ops.quantized.linear_prepack(
+            _quantized_weight(weight, scale, zero_point, 0), bias
+        )
+
+
+def pack_onednn_conv(
+    weight: Tensor,
+    scale: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Any:
+    """Pack a convolution weight for ``onednn::qconv_pointwise``."""
+    # The packing does not depend on the activation's parameters (checked by the tests).
+    return torch.ops.onednn.qconv_prepack(
+        weight, scale.reshape(-1), 1.0, 0, stride, padding, dilation, groups, None
+    )
+
+
+def pack_onednn_linear(weight: Tensor) -> Any:
+    """Pack a weight ``[O, I]`` for ``onednn::qlinear_pointwise``."""
+    return torch.ops.onednn.qlinear_prepack(weight, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Packer:
+    """A function from plain tensors and options to a packed object.
+
+    Attributes:
+        function: takes the tensors first, then the options.
+        tensors: how many of its arguments are tensors (or ``None``).
+    """
+
+    function: Callable[..., Any]
+    tensors: int
+
+
+PACKERS: dict[str, Packer] = {
+    "conv": Packer(pack_conv, 4),
+    "conv-transpose": Packer(pack_conv_transpose, 4),
+    "linear": Packer(pack_linear, 4),
+    "onednn-conv": Packer(pack_onednn_conv, 2),
+    "onednn-linear": Packer(pack_onednn_linear, 1),
+}
+"""Packers by name."""

@@ -1,0 +1,194 @@
+"""What a pass is, and the manager that runs a pipeline of them and believes none of them.
+
+A pass declares what it needs and what it gives as facts (:class:`Fact`). The order of a pipeline is
+checked when it is built and never changed silently. After every pass the manager verifies the graph
+and compares it with the graph before: a pass that says "nothing changed" and changed something is
+an error, and so is the opposite.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import ClassVar
+
+from fxquant.errors import Diagnostics, PassContractError
+from fxquant.graph_module import QuantGraphModule
+from fxquant.metadata import record_of
+from fxquant.op_view import attribute
+from fxquant.targets.table import Target
+from fxquant.verify import verify
+
+
+class Fact(Enum):
+    """Something that holds for a graph from some pass on."""
+
+    FUNCTIONAL = "no op writes its input in place"
+    NO_IDENTITIES = "ops that do nothing in evaluation are gone"
+    BATCH_NORM_FOLDED = "batch-norms that can be folded are folded"
+    FUSED = "fused patterns are marked"
+    QCONFIGS = "every op has its qconfig"
+    ANNOTATED = "every op has its specs or a reason"
+    SHARED = "tensors with common parameters are grouped"
+    OBSERVED = "observers are inserted"
+    REFERENCE = "the graph is quantize, dequantize and float ops"
+    ABSORBED = "clamps that the output range expresses are gone"
+    CANCELLED = "no redundant quantize and dequantize"
+    LOWERED = "ops are kernels of the target"
+    PACKED = "packed constants exist"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Something a pass left alone, and why."""
+
+    node: str
+    reason: str
+    culprits: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassResult:
+    """What a pass did.
+
+    Attributes:
+        changes: number of changes to the graph, its metadata or its tensors.
+        refusals: what it left alone, with reasons.
+    """
+
+    changes: int
+    refusals: tuple[Refusal, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassContext:
+    """What passes of one run share.
+
+    Attributes:
+        target: the op table.
+        diagnostics: takes warnings.
+    """
+
+    target: Target
+    diagnostics: Diagnostics = field(default_factory=Diagnostics)
+
+
+class Pass(ABC):
+    """One rewrite or analysis of a graph; options of a pass are dataclass fields."""
+
+    name: ClassVar[str]
+    requires: ClassVar[frozenset[Fact]] = frozenset()
+    establishes: ClassVar[frozenset[Fact]] = frozenset()
+
+    @abstractmethod
+    def run(self, gm: QuantGraphModule, context: PassContext) -> PassResult:
+        """Change ``gm`` in place and say what was changed and what was refused."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A named, ordered tuple of passes, validated when built.
+
+    Args:
+        name: for messages.
+        passes: in the order in which they run.
+        given: facts that hold before the first pass.
+
+    Raises:
+        PassContractError: a pass needs a fact that no pass before it gives; all such passes are
+            named in one message.
+    """
+
+    name: str
+    passes: tuple[Pass, ...]
+    given: frozenset[Fact] = frozenset()
+
+    def __post_init__(self) -> None:
+        facts = set(self.given)
+        problems = []
+        for item in self.passes:
+            for missing in sorted(item.requires - facts, key=lambda fact: fact.name):
+                problems.append(f"{item.name} needs {missing.name} ({missing.value})")
+            facts |= item.establishes
+        if problems:
+            raise PassContractError(
+                f"pipeline {self.name!r} is out of order: {'; '.join(problems)}"
+            )
+
+    def run(
+        self, gm: QuantGraphModule, context: PassContext, *, check: bool = True
+    ) -> dict[str, PassResult]:
+        """Run every pass on ``gm``, verifying after each.
+
+        Args:
+            gm: changed in place.
+            context: target and diagnostics.
+            check: verify and compare after every pass; on unless profiling.
+
+        Returns:
+            pass name -> result.
+
+        Raises:
+            PassContractError: a pass lied about its changes.
+            GraphError: a pass left the graph in a state that is not allowed, named with the pass.
+        """
+        results: dict[str, PassResult] = {}
+        for item in self.passes:
+            results[item.name] = run_pass(item, gm, context, check=check)
+        return results
+
+
+def run_pass(
+    item: Pass, gm: QuantGraphModule, context: PassContext, *, check: bool = True
+) -> PassResult:
+    """Run one pass and hold it to its word; see :meth:`Pipeline.run`."""
+    before = fingerprint(gm) if check else None
+    result = item.run(gm, context)
+    if not check:
+        return result
+    changed = fingerprint(gm) != before
+    if changed and not result.changes:
+        raise PassContractError(
+            f"pass {item.name!r} says that it changed nothing, but the graph is different"
+        )
+    if result.changes and not changed:
+        raise PassContractError(
+            f"pass {item.name!r} says that it made {result.changes} change(s), but the graph is the"
+            " same"
+        )
+    verify(gm, made_by=item.name)
+    return result
+
+
+def fingerprint(gm: QuantGraphModule) -> int:
+    """A hash of the nodes, their metadata and the identity of the tensors they read."""
+    parts: list[object] = []
+    for node in gm.graph.nodes:
+        parts.append((node.op, node.name, str(node.target), str(node.args), str(node.kwargs)))
+        parts.append(hash_of_record(record_of(node)))
+        if node.op == "get_attr":
+            value = attribute(gm, str(node.target))
+            parts.append((id(value), getattr(value, "_version", 0)))
+        elif node.op == "call_module":
+            module = gm.get_submodule(str(node.target))
+            parts.extend((name, id(p), p._version) for name, p in module.named_parameters())
+            parts.append(getattr(module, "inplace", None))
+    parts.append(gm.state.fates)
+    parts.append(gm.state.stage)
+    parts.append(tuple(p.name in gm.__dict__ for p in gm.state.packs))
+    return hash(tuple(parts))
+
+
+def hash_of_record(record: object) -> int:
+    """A hash that sees every field, also those that hold unhashable qconfigs."""
+    return hash(repr(record)) if not _hashable(record) else hash(record)
+
+
+def _hashable(record: object) -> bool:
+    try:
+        hash(record)
+    except TypeError:
+        return False
+    return True
+

@@ -1,0 +1,78 @@
+"""The pipelines: every pass in order, each line with its reason."""
+
+from __future__ import annotations
+
+from fxquant.pass_manager import Fact, Pipeline
+from fxquant.passes.absorb_clamps import AbsorbClamps
+from fxquant.passes.annotate import Annotate
+from fxquant.passes.cancel_quantize import CancelQuantize
+from fxquant.passes.fold_batch_norm import FoldBatchNorm
+from fxquant.passes.functionalize import Functionalize
+from fxquant.passes.fuse_patterns import FusePatterns
+from fxquant.passes.insert_observers import InsertObservers
+from fxquant.passes.lower import Lower
+from fxquant.passes.prepack import Prepack
+from fxquant.passes.propagate_qconfigs import PropagateQConfigs
+from fxquant.passes.remove_identities import RemoveIdentities
+from fxquant.passes.share_parameters import ShareParameters
+from fxquant.passes.to_reference import ToReference
+from fxquant.qconfig_mapping import QConfigMapping
+
+
+def fuse_pipeline() -> Pipeline:
+    """Float graph to float graph: what quantization wants folded, folded."""
+    return Pipeline(
+        "fuse",
+        (
+            Functionalize(),  # in-place writes would hide who reads what
+            RemoveIdentities(),  # dropout and identity would stand between pattern members
+            FoldBatchNorm(),  # weights must be final before they are observed
+        ),
+    )
+
+
+def prepare_pipeline(mapping: QConfigMapping, known_paths: tuple[str, ...]) -> Pipeline:
+    """Float graph to prepared graph.
+
+    Args:
+        mapping: the user's qconfigs.
+        known_paths: module paths of the user's model, for rules that match nothing.
+    """
+    return Pipeline(
+        "prepare",
+        (
+            PropagateQConfigs(mapping, known_paths),  # first: a bad rule is told before any work
+            Functionalize(),  # in-place writes would hide who reads what
+            RemoveIdentities(),  # dropout and identity would stand between pattern members
+            FoldBatchNorm(),  # weights must be final before they are observed
+            FusePatterns(),  # values inside a pattern are not observed
+            Annotate(),  # specs from qconfig and op table
+            ShareParameters(),  # which tensors have one range
+            InsertObservers(),  # last: everything before reads a float graph
+        ),
+    )
+
+
+def reference_pipeline() -> Pipeline:
+    """Prepared graph to quantize, float op, dequantize."""
+    return Pipeline(
+        "reference",
+        (
+            ToReference(),  # parameters are computed here, once
+            AbsorbClamps(),  # needs final parameters
+            CancelQuantize(),  # moved values and absorbed clamps leave pairs that do nothing
+        ),
+        given=frozenset({Fact.OBSERVED}),
+    )
+
+
+def lowering_pipeline() -> Pipeline:
+    """Reference graph to kernels."""
+    return Pipeline(
+        "lower",
+        (
+            Lower(),  # kernels, in graph order
+            Prepack(),  # weights packed once, not per call
+        ),
+        given=frozenset({Fact.REFERENCE, Fact.ABSORBED, Fact.CANCELLED}),
+    )

@@ -1,0 +1,1 @@
+"""Targets: which op runs on which kernel, as data."""

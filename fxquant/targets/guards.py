@@ -1,0 +1,141 @@
+"""Reasons why a row of a target does not serve a particular call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxquant.metadata import TensorRecord, record_of, shape_of
+from fxquant.op_view import Form, Op
+
+_HYPERPARAMETERS = ("stride", "padding", "output_padding", "dilation", "groups")
+
+
+def constant_hyperparameters(op: Op) -> str | None:
+    """Stride, padding and so on must be numbers: they are packed with the weight."""
+    for name in _HYPERPARAMETERS:
+        value = op.arguments.get(name)
+        items = value if isinstance(value, (tuple, list)) else (value,)
+        if any(isinstance(item, fx.Node) for item in items):
+            return (
+                f"{name} is computed in the graph; the int8 kernel packs it with the weight."
+                " Make it a number"
+            )
+    if isinstance(op.arguments.get("padding"), str):
+        try:
+            resolve_padding(op)
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+def resolve_padding(op: Op) -> Any:
+    """``padding`` as numbers, also where it is given as ``'same'`` or ``'valid'``.
+
+    Raises:
+        ValueError: ``'same'`` needs a different padding before and after.
+    """
+    padding = op.arguments.get("padding", 0)
+    if padding == "valid":
+        return 0
+    if padding != "same":
+        return padding
+    weight = op.constant("weight")
+    spatial = () if weight is None else tuple(weight.shape[2:])
+    dilation = op.arguments.get("dilation", 1)
+    dilations = dilation if isinstance(dilation, (tuple, list)) else (dilation,) * len(spatial)
+    total = [d * (k - 1) for d, k in zip(dilations, spatial, strict=True)]
+    if any(t % 2 for t in total):
+        raise ValueError(
+            f"padding='same' with kernel {list(spatial)} pads more after than before, which the"
+            " int8 kernel cannot; pad explicitly before the convolution"
+        )
+    return [t // 2 for t in total]
+
+
+def zero_padding_mode(op: Op) -> str | None:
+    """The int8 convolutions pad with zeros only."""
+    mode = op.arguments.get("padding_mode", "zeros")
+    padding = op.arguments.get("padding", 0)
+    if mode == "zeros" or padding in (0, (0,), (0, 0), (0, 0, 0)):
+        return None
+    return (
+        f"padding_mode={mode!r}: the int8 kernels pad with zeros only. Pad before the convolution"
+        f" with F.pad(x, ..., mode={mode!r}) and set padding=0"
+    )
+
+
+def tensor_operands(op: Op) -> str | None:
+    """Both operands must be float tensors that the graph computes."""
+    names = op.kind.activations
+    for name in names:
+        value = op.arguments.get(name)
+        if not isinstance(value, fx.Node):
+            return f"operand {value!r} is a number; the int8 kernel takes two tensors"
+        if value.op == "get_attr":
+            return (
+                f"operand {value.target!r} is a constant tensor; it is added or multiplied in FP32"
+            )
+        record = record_of(value)
+        if record.has_value and not (
+            isinstance(record.value, TensorRecord) and record.value.dtype.is_floating_point
+        ):
+            return f"operand {value.name!r} is no floating-point tensor"
+    if op.arguments.get("alpha", 1) != 1:
+        return f"alpha={op.arguments['alpha']}: the int8 kernel adds without a factor"
+    return None
+
+
+def no_indices(op: Op) -> str | None:
+    """Pooling that also returns indices has no int8 kernel."""
+    if op.arguments.get("return_indices", False):
+        return "return_indices=True: the int8 kernel gives values only"
+    return None
+
+
+def zero_constant_padding(op: Op) -> str | None:
+    """Padding with zeros fills in the zero point; anything else has no exact integer."""
+    mode, value = op.arguments.get("mode", "constant"), op.arguments.get("value")
+    if mode != "constant":
+        return f"mode={mode!r}: int8 tensors can be padded with a constant only"
+    if value not in (None, 0, 0.0):
+        return f"value={value}: only zero has an exact integer under every scale"
+    return None
+
+
+def resizes_by_integers(op: Op) -> str | None:
+    """Nearest and bilinear resizing of images keep the parameters; the rest has no int8 kernel."""
+    mode = op.arguments.get("mode", "nearest")
+    shape = shape_of(op.activations[0]) if op.activations else None
+    if mode not in ("nearest", "bilinear"):
+        return f"mode={mode!r}: int8 resizing exists for 'nearest' and 'bilinear'"
+    if shape is None or len(shape) != 4:
+        return "int8 resizing takes images (4-d tensors with known example shapes)"
+    if op.arguments.get("antialias", False):
+        return "antialias=True: no int8 kernel"
+    return None
+
+
+def four_or_five_dimensional(op: Op) -> str | None:
+    """``quantized::batch_norm2d`` and ``3d`` exist; a 1-d form does not."""
+    if op.form is Form.MODULE:
+        module = op.owner.get_submodule(str(op.node.target))
+        if isinstance(module, (torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)):
+            return None
+        return "an unfused BatchNorm1d has no int8 kernel"
+    shape = shape_of(op.activations[0])
+    if shape is None or len(shape) not in (4, 5):
+        return "the int8 batch-norm takes 4-d and 5-d inputs with known example shapes"
+    return None
+
+
+def evaluation_statistics(op: Op) -> str | None:
+    """A batch-norm that computes statistics at run time is no fixed affine map."""
+    if op.arguments.get("training", False):
+        return "the batch-norm is in training mode; call model.eval() first"
+    for name in ("running_mean", "running_var", "weight", "bias"):
+        if op.constant(name) is None:
+            return f"the batch-norm has no {name}, which the int8 kernel needs"
+    return None

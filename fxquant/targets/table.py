@@ -1,0 +1,105 @@
+"""The vocabulary of op tables: rows, epilogues and targets.
+
+A target is data. Passes read rows; they hold no list of ops and no mode flag of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+
+from fxquant.op_view import Op
+
+
+class Role(Enum):
+    """What an op does to quantized values."""
+
+    COMPUTE = "compute"
+    """It has quantization parameters of its own at its output."""
+    SHARES = "shares"
+    """Its output has the parameters of its inputs."""
+    FLOAT = "float"
+    """It runs in floating point by design; the row says why."""
+
+
+class Epilogue(Enum):
+    """How a target runs an activation function that follows an op in one pattern."""
+
+    SATURATION = "saturation"
+    """A clamp: free where the final output range expresses it, else an integer clamp."""
+    KERNEL = "kernel"
+    """The kernel computes it on its float accumulator."""
+    FLOAT = "float"
+    """The kernel writes float, the function runs in float, its result is quantized."""
+
+
+class OutputPolicy(Enum):
+    """When the output of an op is quantized."""
+
+    ALWAYS = "always"
+    DEMANDED = "demanded"
+    """Only where some reader wants integers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One op of a target.
+
+    Attributes:
+        kind: kind of the op catalogue.
+        role: what the op does to quantized values.
+        kernel: what serves it, as printed by ``explain`` before lowering.
+        input_dtypes: storage dtypes that its activations may have.
+        weight_dtypes: storage dtypes that its weight may have; empty where it has none.
+        weight_axis: channel axis of a per-channel weight; ``None`` allows per-tensor only.
+        float_output: the kernel can write float32 without quantizing.
+        output: when the output is quantized.
+        worth_alone: a sharing op that pays in int8 even where nobody reads integers after it.
+        epilogues: activation kind -> how it is run when fused behind this op.
+        guards: each gives a reason to leave this call in FP32, or ``None``.
+        reason: for ``Role.FLOAT``: why, with the measurement.
+    """
+
+    kind: str
+    role: Role
+    kernel: str = ""
+    input_dtypes: tuple[torch.dtype, ...] = (torch.uint8,)
+    weight_dtypes: tuple[torch.dtype, ...] = ()
+    weight_axis: int | None = None
+    float_output: bool = False
+    output: OutputPolicy = OutputPolicy.DEMANDED
+    worth_alone: bool = False
+    epilogues: Mapping[str, Epilogue] = field(default_factory=dict)
+    guards: tuple[Callable[[Op], str | None], ...] = ()
+    reason: str = ""
+
+    def refusal(self, op: Op) -> str | None:
+        """The first reason why this row does not serve ``op``, or ``None``."""
+        for guard in self.guards:
+            reason = guard(op)
+            if reason is not None:
+                return reason
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """An op table under a name.
+
+    Attributes:
+        name: what users write.
+        rows: kind -> row.
+        executes: the graph is lowered to kernels; otherwise it stays a float graph with
+            quantize and dequantize.
+    """
+
+    name: str
+    rows: Mapping[str, Row]
+    executes: bool = True
+
+    def row(self, kind: str) -> Row | None:
+        """The row of a kind, or ``None``."""
+        return self.rows.get(kind)

@@ -1,0 +1,76 @@
+"""The three figures that accuracy work is judged by."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fxquant.errors import CalibrationError
+
+
+def top1(logits: Tensor, labels: Tensor) -> float:
+    """Percent of rows whose largest logit is the label's.
+
+    Args:
+        logits: ``(N, classes)``.
+        labels: ``(N,)``, integer.
+
+    Raises:
+        CalibrationError: there is nothing to compare, or the lengths differ.
+    """
+    if labels.shape != logits.shape[:1]:
+        raise CalibrationError(
+            f"top1 got logits of shape {tuple(logits.shape)} and labels of shape "
+            f"{tuple(labels.shape)}; pass one label per row"
+        )
+    return _percent(logits.argmax(dim=1) == labels)
+
+
+def agreement(a: Tensor, b: Tensor) -> float:
+    """Percent of rows on which two models choose the same class.
+
+    Args:
+        a: logits ``(N, classes)`` of one model.
+        b: logits ``(N, classes)`` of the other, on the same inputs.
+
+    Raises:
+        CalibrationError: there is nothing to compare, or the shapes differ.
+    """
+    if a.shape != b.shape:
+        raise CalibrationError(
+            f"agreement got logits of shapes {tuple(a.shape)} and {tuple(b.shape)}; "
+            "run both models on the same inputs"
+        )
+    return _percent(a.argmax(dim=1) == b.argmax(dim=1))
+
+
+def sqnr_db(reference: Tensor, other: Tensor) -> float:
+    """Signal to quantization noise: ``10 * log10(sum(ref^2) / sum((ref - other)^2))`` in dB.
+
+    Infinite where the two are equal (both all zero included); minus infinite where the reference
+    is all zero and the other is not; NaN where either holds a NaN.
+
+    Raises:
+        CalibrationError: there is nothing to compare, or the shapes differ.
+    """
+    if reference.shape != other.shape or reference.numel() == 0:
+        raise CalibrationError(
+            f"sqnr_db got shapes {tuple(reference.shape)} and {tuple(other.shape)}; "
+            "pass two tensors of the same shape with at least one element"
+        )
+    exact = reference.detach().double()
+    noise = torch.sum((exact - other.detach().double()) ** 2).item()
+    signal = torch.sum(exact**2).item()
+    if noise == 0:
+        return math.inf
+    if signal == 0:
+        return -math.inf
+    return 10 * math.log10(signal / noise) if math.isfinite(noise) else math.nan
+
+
+def _percent(hits: Tensor) -> float:
+    if hits.numel() == 0:
+        raise CalibrationError("there are no rows to compare; pass at least one")
+    return 100.0 * hits.double().mean().item()

@@ -1,0 +1,1 @@
+"""Graph passes, one a file; :mod:`fxquant.pipelines` puts them in order."""

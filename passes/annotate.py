@@ -1,0 +1,284 @@
+"""annotate: the input, weight and output specs of every op, from its qconfig and the op table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from fxquant.dataflow import is_float_tensor, value_users
+from fxquant.errors import ConfigWarning
+from fxquant.graph_module import QuantGraphModule
+from fxquant.metadata import Annotation, add_reason, record_of, update_record
+from fxquant.op_view import Op, kind_of, op_of
+from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
+from fxquant.qconfig import QConfig, spec_of
+from fxquant.specs import QuantSpec
+from fxquant.targets.table import OutputPolicy, Role, Row, Target
+from fxquant.targets.x86 import NO_INT8_KERNEL
+
+_OPS = ("call_module", "call_function", "call_method")
+
+
+@dataclass(frozen=True)
+class Annotate(Pass):
+    """Give every op its specs, or a reason why it stays in floating point.
+
+    Compute ops (convolution, linear, add, ...) take quantized inputs. An op whose output nobody
+    reads as integers writes floating point where its kernel can, so the network's results are not
+    rounded. Ops that only move values (pooling, reshape, cat, ...) are quantized where integers
+    come in or are wanted.
+    """
+
+    name: ClassVar[str] = "annotate"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.QCONFIGS, Fact.FUSED})
+    establishes: ClassVar[frozenset[Fact]] = frozenset({Fact.ANNOTATED})
+
+    def run(self, gm: QuantGraphModule, context: PassContext) -> PassResult:
+        """Annotate in two sweeps: what can be quantized, then what pays."""
+        before = {node: record_of(node) for node in gm.graph.nodes}
+        plans = {}
+        for node in gm.graph.nodes:
+            if node.op in _OPS:
+                plan = _plan(gm, node, context)
+                if plan is not None:
+                    plans[node] = plan
+        _Decision(gm, plans).decide()
+        changes = sum(record_of(node) != record for node, record in before.items())
+        return PassResult(changes=changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What an op would be, were it quantized."""
+
+    op: Op
+    row: Row
+    activation: QuantSpec | None
+    weight: QuantSpec | None
+
+
+def _plan(gm: QuantGraphModule, node: fx.Node, context: PassContext) -> _Plan | None:
+    record = record_of(node)
+    fusion = record.fusion
+    if fusion is not None and fusion.first != node.name:
+        return None  # the first op of the pattern speaks for it
+    if not any(is_float_tensor(gm, a) for a in node.all_input_nodes if a.op != "get_attr"):
+        return None
+    if any(reason.startswith("opaque island") for reason in record.reasons):
+        return None
+    if record.qconfig is None:
+        if record.rule:
+            add_reason(node, f"no qconfig: {record.rule}")
+        return None
+    op = op_of(gm, node)
+    kind = kind_of(gm, node)
+    row = context.target.row(kind.name) if kind is not None else None
+    if op is None or row is None:
+        name = kind.name if kind is not None else str(getattr(node.target, "__name__", node.target))
+        if node.op == "call_module":
+            name = type(gm.get_submodule(str(node.target))).__name__
+        add_reason(node, NO_INT8_KERNEL.format(kind=name))
+        return None
+    if row.role is Role.FLOAT:
+        add_reason(node, row.reason)
+        return None
+    reason = row.refusal(op) or _unusable_weight(op, row)
+    if reason is not None:
+        add_reason(node, reason)
+        return None
+    return _specs(node, op, row, record.qconfig, context)
+
+
+def _unusable_weight(op: Op, row: Row) -> str | None:
+    if not row.weight_dtypes:
+        return None
+    if op.computes("weight"):
+        return "the weight is computed in the graph, so it cannot be packed"
+    if op.constant("weight") is None:
+        return "the op has no weight tensor"
+    if op.computes("bias"):
+        return "the bias is computed in the graph, so it cannot be packed"
+    return None
+
+
+def _specs(
+    node: fx.Node, op: Op, row: Row, qconfig: QConfig, context: PassContext
+) -> _Plan | None:
+    factory = spec_of(qconfig.activation)
+    if factory is not None and factory.reuse_input and row.role is Role.SHARES:
+        return _Plan(op=op, row=row, activation=None, weight=None)
+    activation = None if factory is None else factory.spec
+    if activation is None:
+        add_reason(node, f"the qconfig has no activation observer ({record_of(node).rule})")
+        return None
+    problem = _unusable_activation(activation, row)
+    weight: QuantSpec | None = None
+    if problem is None and row.weight_dtypes:
+        weight_factory = spec_of(qconfig.weight)
+        weight = None if weight_factory is None else weight_factory.spec
+        problem = "its qconfig has no weight observer" if weight is None else None
+        if weight is not None and weight.dtype not in row.weight_dtypes:
+            problem = (
+                f"weight {weight.short()} is not served (possible:"
+                f" {', '.join(map(_short, row.weight_dtypes))})"
+            )
+    if problem is not None:
+        text = f"{problem} by target {context.target.name!r}"
+        add_reason(node, f"config cannot be honoured: {text}")
+        context.diagnostics.warn(
+            f"{node.name!r} ({op.name}) stays in FP32: {text}; its qconfig comes from"
+            f" {record_of(node).rule}. Choose a spec that the target has, or set None there",
+            ConfigWarning,
+        )
+        return None
+    if weight is not None:
+        weight = _fit_weight(node, weight, row)
+    return _Plan(op=op, row=row, activation=activation, weight=weight)
+
+
+def _unusable_activation(spec: QuantSpec, row: Row) -> str | None:
+    if spec.is_dynamic:
+        return f"dynamic activation {spec.short()} is not served for {row.kind!r}"
+    if spec.dtype not in row.input_dtypes:
+        possible = ", ".join(map(_short, row.input_dtypes))
+        return f"activation {spec.short()} is not served (possible: {possible})"
+    if spec.is_per_channel:
+        return f"activation {spec.short()} is per channel, kernels take per-tensor activations"
+    return None
+
+
+def _fit_weight(node: fx.Node, weight: QuantSpec, row: Row) -> QuantSpec:
+    """The weight spec on the axis that the kernel wants, per tensor where it must be."""
+    if not weight.is_per_channel:
+        return weight
+    if row.weight_axis is None:
+        scheme = (
+            torch.per_tensor_symmetric if weight.is_symmetric else torch.per_tensor_affine
+        )
+        add_reason(
+            node,
+            "weight per tensor instead of per channel: PyTorch has no right kernel for per-channel"
+            f" weights of {row.kind!r}",
+        )
+        return replace(weight, qscheme=scheme, ch_axis=None)
+    return replace(weight, ch_axis=row.weight_axis)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class _Decision:
+    """Which planned ops are quantized in the end, and whether their outputs are."""
+
+    def __init__(self, gm: QuantGraphModule, plans: dict[fx.Node, _Plan]) -> None:
+        self.gm = gm
+        self.plans = plans
+        self.nodes = {node.name: node for node in gm.graph.nodes}
+        self.groups: dict[int, list[fx.Node]] = {}
+        for node in gm.graph.nodes:
+            fusion = record_of(node).fusion
+            if fusion is not None:
+                self.groups.setdefault(fusion.group, []).append(node)
+        self.wanted = self._wanted()
+        self.quantized: set[fx.Node] = set()  # first nodes of quantized ops
+
+    def decide(self) -> None:
+        """Annotate in graph order."""
+        for node in self.gm.graph.nodes:
+            plan = self.plans.get(node)
+            if plan is None:
+                continue
+            annotation = self._annotation(node, plan)
+            if annotation is not None:
+                self.quantized.add(node)
+                self._annotate(node, annotation)
+
+    def _annotate(self, node: fx.Node, annotation: Annotation) -> None:
+        fusion = record_of(node).fusion
+        for member in (node,) if fusion is None else self.groups[fusion.group]:
+            update_record(member, annotation=annotation)
+
+    def _last(self, node: fx.Node) -> fx.Node:
+        fusion = record_of(node).fusion
+        return node if fusion is None else self.nodes[fusion.last]
+
+    def _wanted(self) -> dict[fx.Node, bool]:
+        """For every value: whether a compute op will read it as integers, maybe through movers."""
+        wanted: dict[fx.Node, bool] = {}
+        for node in reversed(self.gm.graph.nodes):
+            wanted[node] = any(self._reads_integers(user, node, wanted) for user in value_users(node))
+        return wanted
+
+    def _reads_integers(
+        self, user: fx.Node, value: fx.Node, wanted: dict[fx.Node, bool]
+    ) -> bool:
+        head = self._head_of(user)
+        plan = self.plans.get(head)
+        if plan is None:
+            return False
+        if plan.row.role is Role.COMPUTE:
+            if plan.row.output is OutputPolicy.DEMANDED and not plan.row.float_output:
+                return wanted.get(self._last(head), False)
+            # The other operand of a residual add is read as integers only where the sum is written
+            # as integers; else the kernel writes float and the add is a float add.
+            return head is user or wanted.get(self._last(head), False)
+        return wanted.get(self._last(head), False) or plan.row.worth_alone
+
+    def _head_of(self, node: fx.Node) -> fx.Node:
+        fusion = record_of(node).fusion
+        return node if fusion is None else self.nodes[fusion.first]
+
+    def _annotation(self, node: fx.Node, plan: _Plan) -> Annotation | None:
+        last = self._last(node)
+        wanted = self.wanted[last]
+        inputs = tuple(plan.activation for _ in plan.op.activations)
+        if plan.row.role is Role.SHARES:
+            return self._sharing(node, plan, wanted=wanted)
+        if wanted or plan.row.output is OutputPolicy.ALWAYS:
+            output: QuantSpec | None = plan.activation
+        elif plan.row.float_output:
+            output = None
+        else:
+            readers = ", ".join(repr(user.name) for user in last.users) or "nobody"
+            add_reason(
+                node,
+                f"its result is only read in floating point (by {readers}), so int8 would add a"
+                " quantize and a dequantize",
+            )
+            return None
+        return Annotation(inputs=inputs, weight=plan.weight, output=output)
+
+    def _sharing(self, node: fx.Node, plan: _Plan, *, wanted: bool) -> Annotation | None:
+        sources = plan.op.activations
+        incoming = [self._gives_integers(source) for source in sources]
+        if not sources:
+            return None
+        if not wanted and not (plan.row.worth_alone and all(incoming)):
+            add_reason(
+                node,
+                "moves values only, and nobody reads integers after it"
+                if any(incoming)
+                else "moves values only, between floating-point ops",
+            )
+            return None
+        spec = next(
+            (found for source in sources if (found := self._output_spec(source)) is not None),
+            plan.activation,
+        )
+        if spec is None:
+            add_reason(node, f"it reuses its input's parameters, and its input {sources[0].name!r}"
+                       " is in floating point")
+            return None
+        specs = tuple(spec for _ in sources)
+        return Annotation(inputs=specs, output=spec, shares=True)
+
+    def _gives_integers(self, value: fx.Node) -> bool:
+        return self._output_spec(value) is not None
+
+    def _output_spec(self, value: fx.Node) -> QuantSpec | None:
+        annotation = record_of(value).annotation
+        return annotation.output if annotation is not None else None

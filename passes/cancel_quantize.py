@@ -1,0 +1,78 @@
+"""cancel-quantize: ``Q(DQ(q)) -> q`` under equal parameters, one DQ per value, no DQ for a shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from fxquant.dataflow import reads_only_shape
+from fxquant.graph_module import QuantGraphModule
+from fxquant.operators import DEQUANTIZE, QUANTIZE
+from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
+from fxquant.rewriter import GraphRewriter
+
+
+@dataclass(frozen=True)
+class CancelQuantize(Pass):
+    """Take out quantize and dequantize steps that change nothing.
+
+    Equal means the same buffers and the same range: then quantizing what was just dequantized
+    gives the same integers exactly.
+    """
+
+    name: ClassVar[str] = "cancel-quantize"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.REFERENCE, Fact.ABSORBED})
+    establishes: ClassVar[frozenset[Fact]] = frozenset({Fact.CANCELLED})
+
+    def run(self, gm: QuantGraphModule, context: PassContext) -> PassResult:
+        """Three rewrites: equal pairs, duplicates, and shapes read from integers."""
+        rewriter = GraphRewriter(gm, self.name)
+        _cancel_pairs(rewriter)
+        _merge_duplicates(rewriter)
+        _read_shapes_from_integers(rewriter)
+        return PassResult(changes=rewriter.finish())
+
+
+def _cancel_pairs(rewriter: GraphRewriter) -> None:
+    for node in list(rewriter.gm.graph.nodes):
+        if node.target is not QUANTIZE:
+            continue
+        dequantize = node.args[0]
+        if not isinstance(dequantize, fx.Node) or dequantize.target is not DEQUANTIZE:
+            continue
+        source = dequantize.args[0]
+        if not isinstance(source, fx.Node) or source.target is not QUANTIZE:
+            continue
+        if _parameters(source) != _parameters(node):
+            continue
+        rewriter.replace_uses(node, source)
+        rewriter.erase_dead([node])
+
+
+def _merge_duplicates(rewriter: GraphRewriter) -> None:
+    seen: dict[object, fx.Node] = {}
+    for node in list(rewriter.gm.graph.nodes):
+        if node.target not in (QUANTIZE, DEQUANTIZE):
+            continue
+        key = (node.target, node.args[0], _parameters(node))
+        first = seen.setdefault(key, node)
+        if first is not node:
+            rewriter.replace_uses(node, first)
+            rewriter.erase_dead([node])
+
+
+def _read_shapes_from_integers(rewriter: GraphRewriter) -> None:
+    for node in list(rewriter.gm.graph.nodes):
+        if node.target is not DEQUANTIZE or not isinstance(node.args[0], fx.Node):
+            continue
+        for user in list(node.users):
+            if reads_only_shape(user) and user.args[-1:] != ("dtype",):
+                rewriter.replace_argument(user, node, node.args[0])
+        rewriter.erase_dead([node])
+
+
+def _parameters(node: fx.Node) -> tuple[object, ...]:
+    """What decides whether two quantizations are equal: buffer names, range, dtype, axis."""
+    return tuple(a.target if isinstance(a, fx.Node) else a for a in node.args[1:])

@@ -1,0 +1,149 @@
+"""fold-batch-norm: ``BN(Conv(x; W, b)) -> Conv(x; W*g/s, (b - m)*g/s + beta)``, ``s = sqrt(v + eps)``.
+
+Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference", section 3.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxquant.errors import TrainingModeError
+from fxquant.graph_module import QuantGraphModule
+from fxquant.metadata import add_reason
+from fxquant.op_view import Form, Op
+from fxquant.pass_manager import Fact, Pass, PassContext, PassResult, Refusal
+from fxquant.patterns.library import FOLD_PATTERNS
+from fxquant.patterns.matcher import match_all
+from fxquant.rewriter import GraphRewriter
+
+
+@dataclass(frozen=True)
+class FoldBatchNorm(Pass):
+    """Fold batch-norms into the convolution or linear before them.
+
+    Module, function and mixed forms. Refuses, with the reason, where the value between is read by
+    others, or where the weight belongs to more than this call.
+
+    Raises:
+        TrainingModeError: a batch-norm that would be folded is in training mode.
+    """
+
+    name: ClassVar[str] = "fold-batch-norm"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FUNCTIONAL, Fact.NO_IDENTITIES})
+    establishes: ClassVar[frozenset[Fact]] = frozenset({Fact.BATCH_NORM_FOLDED})
+
+    def run(self, gm: QuantGraphModule, context: PassContext) -> PassResult:
+        """Fold every match; batch-norms that stay say why in their record."""
+        report = match_all(gm, FOLD_PATTERNS)
+        _refuse_training(report.refusals)
+        rewriter = GraphRewriter(gm, self.name)
+        for match in report.matches:
+            base, norm = match.ops
+            fold(rewriter, base, norm)
+        nodes = {node.name: node for node in gm.graph.nodes}
+        refusals = []
+        for refusal in report.refusals:
+            if not refusal.guard:
+                continue  # no batch-norm follows: nothing was refused
+            refusals.append(
+                Refusal(node=refusal.anchor, reason=refusal.reason, culprits=refusal.culprits)
+            )
+            norm_name = refusal.bound[-1] if refusal.bound else refusal.anchor
+            if norm_name in nodes:
+                before = nodes[norm_name].meta.get("fxquant")
+                add_reason(nodes[norm_name], f"not folded: {refusal.reason}")
+                rewriter.changes += nodes[norm_name].meta.get("fxquant") != before
+        return PassResult(changes=rewriter.finish(), refusals=tuple(refusals))
+
+
+def _refuse_training(refusals: object) -> None:
+    for refusal in refusals:  # type: ignore[attr-defined]  # a sequence of patterns.match.Refusal
+        if refusal.guard == "evaluation_mode":
+            raise TrainingModeError(
+                f"Fusion only for eval! {refusal.reason}. Call model.eval() before prepare_fx, or"
+                " use quantization-aware training to keep training it"
+            )
+
+
+def fold(rewriter: GraphRewriter, base: Op, norm: Op) -> None:
+    """Fold ``norm`` into ``base`` and erase it.
+
+    Args:
+        rewriter: of the graph that holds both.
+        base: convolution, transposed convolution or linear whose weight is its own.
+        norm: batch-norm in evaluation mode that alone reads ``base``.
+    """
+    weight, bias = base.constant("weight"), base.constant("bias")
+    assert weight is not None
+    factor, shift = affine_of(norm)
+    new_weight = weight.detach().to(torch.float64) * _spread(base, weight, factor)
+    old_bias = torch.zeros_like(factor) if bias is None else bias.detach().to(torch.float64)
+    new_bias = old_bias * factor + shift
+    _store(rewriter, base, "weight", new_weight.to(weight.dtype), weight)
+    _store(rewriter, base, "bias", new_bias.to(weight.dtype), weight)
+    constants = [a for a in norm.node.all_input_nodes if a.op == "get_attr"]
+    rewriter.absorb(base.node, norm.node)
+    rewriter.erase_dead(constants)
+
+
+def affine_of(norm: Op) -> tuple[Tensor, Tensor]:
+    """``(factor, shift)`` in float64 with ``BN(x) = x * factor + shift``, shapes ``[C]``."""
+    mean, variance = norm.constant("running_mean"), norm.constant("running_var")
+    assert mean is not None and variance is not None
+    gamma, beta = norm.constant("weight"), norm.constant("bias")
+    wide = torch.float64
+    factor = (variance.detach().to(wide) + float(norm.arguments["eps"])).rsqrt()
+    if gamma is not None:
+        factor = factor * gamma.detach().to(wide)
+    shift = -mean.detach().to(wide) * factor
+    if beta is not None:
+        shift = shift + beta.detach().to(wide)
+    return factor, shift
+
+
+def _spread(base: Op, weight: Tensor, factor: Tensor) -> Tensor:
+    """``factor`` shaped to multiply ``weight`` along its output channels."""
+    if not base.name.startswith("conv_transpose"):
+        return factor.reshape(-1, *[1] * (weight.dim() - 1))
+    groups = int(base.arguments["groups"])
+    per_group = factor.reshape(groups, 1, -1)  # weight is [in, out / groups, ...]
+    spread = per_group.expand(groups, weight.shape[0] // groups, -1)
+    return spread.reshape(weight.shape[0], -1, *[1] * (weight.dim() - 2))
+
+
+def _store(
+    rewriter: GraphRewriter, op: Op, name: str, value: Tensor, like: Tensor
+) -> None:
+    requires_grad = isinstance(like, nn.Parameter) and like.requires_grad
+    parameter = nn.Parameter(value, requires_grad=requires_grad)
+    path = op.constant_path(name)
+    if path is not None:
+        rewriter.set_tensor(path, parameter)
+        return
+    if op.form is Form.MODULE:
+        rewriter.set_tensor(f"{op.node.target}.{name}", parameter)
+        return
+    weight_path = op.constant_path("weight")
+    assert weight_path is not None
+    holder = weight_path.rpartition(".")[0]
+    path = rewriter.fresh_path(f"{holder}.{name}" if holder else name)
+    rewriter.set_tensor(path, parameter)
+    attribute = rewriter.get_attr(path, before=op.node, like=op.node)
+    _set_argument(op, name, attribute)
+
+
+def _set_argument(op: Op, name: str, value: fx.Node) -> None:
+    names = [parameter for parameter, _ in op.kind.signature]
+    position = names.index(name)
+    node = op.node
+    if position < len(node.args):
+        args = list(node.args)
+        args[position] = value
+        node.args = tuple(args)
+    else:
+        node.kwargs = {**node.kwargs, name: value}

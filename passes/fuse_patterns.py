@@ -1,0 +1,96 @@
+"""fuse-patterns: mark the chains of ops that the target runs as one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from fxquant.graph_module import QuantGraphModule
+from fxquant.metadata import FusionRecord, add_reason, record_of, update_record
+from fxquant.pass_manager import Fact, Pass, PassContext, PassResult, Refusal
+from fxquant.patterns.guards import because, guard
+from fxquant.patterns.library import FUSION_PATTERNS
+from fxquant.patterns.match import Match, Reason
+from fxquant.patterns.matcher import match_all
+from fxquant.patterns.pattern import Pattern
+from fxquant.targets.table import Target
+
+
+@guard
+def same_qconfig(match: Match) -> Reason | None:
+    """The first op's qconfig governs the pattern, unless a rule of its own says otherwise."""
+    first = record_of(match.first)
+    if first.qconfig is None:
+        return because("{node!r} stays in FP32 ({rule})", node=match.first.name, rule=first.rule)
+    for node in match.nodes[1:]:
+        record = record_of(node)
+        if record.qconfig != first.qconfig and not record.rule.startswith("global"):
+            return because(
+                "{node!r} is governed by {rule}, {first!r} by {first_rule}",
+                node.name,
+                node=node.name,
+                rule=record.rule,
+                first=match.first.name,
+                first_rule=first.rule,
+            )
+    return None
+
+
+@dataclass(frozen=True)
+class FusePatterns(Pass):
+    """Mark matches of the patterns that the target has a kernel or an absorption for.
+
+    Nothing is rewritten: the values inside a match are simply not observed, and lowering emits one
+    kernel. The first op's qconfig governs the whole match.
+    """
+
+    name: ClassVar[str] = "fuse-patterns"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.BATCH_NORM_FOLDED, Fact.QCONFIGS})
+    establishes: ClassVar[frozenset[Fact]] = frozenset({Fact.FUSED})
+
+    def run(self, gm: QuantGraphModule, context: PassContext) -> PassResult:
+        """Mark every match; near misses become reasons of their ops."""
+        patterns = [
+            replace(pattern, guards=(*pattern.guards, same_qconfig))
+            for pattern in FUSION_PATTERNS
+            if supports(context.target, pattern)
+        ]
+        report = match_all(gm, patterns)
+        changes = 0
+        for number, match in enumerate(report.matches):
+            governing = record_of(match.first)
+            for node, bind in zip(match.nodes, match.pattern.binds, strict=True):
+                fusion = FusionRecord(
+                    pattern=match.pattern.name,
+                    group=number,
+                    role=bind,
+                    first=match.first.name,
+                    last=match.last.name,
+                )
+                if record_of(node).fusion != fusion:
+                    update_record(
+                        node, fusion=fusion, qconfig=governing.qconfig, rule=governing.rule
+                    )
+                    changes += 1
+        nodes = {node.name: node for node in gm.graph.nodes}
+        refusals = []
+        for refusal in report.refusals:
+            if not refusal.guard or refusal.depth < 2:
+                continue
+            refusals.append(
+                Refusal(node=refusal.anchor, reason=refusal.reason, culprits=refusal.culprits)
+            )
+            node = nodes[refusal.anchor]
+            reasons = record_of(node).reasons
+            add_reason(node, f"pattern {refusal.pattern.name} refused: {refusal.reason}")
+            changes += record_of(node).reasons != reasons
+        return PassResult(changes=changes, refusals=tuple(refusals))
+
+
+def supports(target: Target, pattern: Pattern) -> bool:
+    """Whether ``target`` can run all later steps of ``pattern`` behind its first."""
+    for kind in pattern.steps[0].kinds:
+        row = target.row(kind)
+        if row is None or not all(step.kinds & set(row.epilogues) for step in pattern.steps[1:]):
+            return False
+    return len(pattern.steps) > 1

@@ -1,0 +1,126 @@
+"""insert-observers: one observer per tensor and spec, read by everyone who wants that spec."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx, nn
+
+from fxquant.dataflow import is_float_tensor, value_users
+from fxquant.graph_module import QuantGraphModule, Stage
+from fxquant.metadata import record_of
+from fxquant.op_view import op_of
+from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
+from fxquant.qconfig import QConfig
+from fxquant.rewriter import GraphRewriter
+from fxquant.specs import QuantSpec
+
+OBSERVER_PREFIX = "activation_post_process_"
+
+
+@dataclass(frozen=True)
+class InsertObservers(Pass):
+    """Insert observers as root modules ``activation_post_process_N``.
+
+    The output of a quantized op is observed by its own qconfig and read by all; another value is
+    observed for those of its readers that want integers, once per spec. Values that an op merely
+    moves (pooling, reshape, cat, ...) have the range of their sources and need no observer.
+    """
+
+    name: ClassVar[str] = "insert-observers"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ANNOTATED, Fact.SHARED})
+    establishes: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED})
+
+    def run(self, gm: QuantGraphModule, context: PassContext) -> PassResult:
+        """Insert after each observed value, in graph order."""
+        rewriter = GraphRewriter(gm, self.name)
+        requests = _requests(gm)
+        number = 0
+        for value in list(gm.graph.nodes):
+            for request in requests.get(value, []):
+                path = f"{OBSERVER_PREFIX}{number}"
+                number += 1
+                observer = request.qconfig.activation()
+                observer.owner = f"{path} (output of {value.name!r})"
+                gm.add_module(path, _on_device(observer, gm))
+                node = rewriter.module_call(
+                    path, (value,), after=value, like=value, share_group=_group(value)
+                )
+                for reader in request.readers:
+                    rewriter.replace_argument(reader, value, node)
+        gm.update_state(stage=Stage.PREPARED)
+        rewriter.changes += 1
+        return PassResult(changes=rewriter.finish())
+
+
+@dataclass(kw_only=True)
+class _Request:
+    """An observer to insert: what it looks for, by whose qconfig, and who reads it."""
+
+    spec: QuantSpec
+    qconfig: QConfig
+    readers: list[fx.Node]
+
+
+def _requests(gm: QuantGraphModule) -> dict[fx.Node, list[_Request]]:
+    requests: dict[fx.Node, list[_Request]] = {}
+    for node in gm.graph.nodes:
+        record = record_of(node)
+        annotation = record.annotation
+        if annotation is None or record.qconfig is None:
+            continue
+        for source, spec in external_inputs(gm, node):
+            if _output_spec(source) is not None:
+                continue  # its producer decides
+            found = requests.setdefault(source, [])
+            request = next((r for r in found if r.spec == spec), None)
+            if request is None:
+                found.append(_Request(spec=spec, qconfig=record.qconfig, readers=[node]))
+            elif node not in request.readers:
+                request.readers.append(node)
+        ends = record.fusion is None or record.fusion.last == node.name
+        if ends and annotation.output is not None and not annotation.shares:
+            requests.setdefault(node, []).append(
+                _Request(
+                    spec=annotation.output, qconfig=record.qconfig, readers=value_users(node)
+                )
+            )
+    return requests
+
+
+def external_inputs(gm: QuantGraphModule, node: fx.Node) -> list[tuple[fx.Node, QuantSpec]]:
+    """The activations of an annotated op that come from outside its pattern, with their specs."""
+    record = record_of(node)
+    annotation, op = record.annotation, op_of(gm, node)
+    if annotation is None or op is None:
+        return []
+    spec = next((s for s in annotation.inputs if s is not None), None)
+    if spec is None:
+        return []
+    fusion = record.fusion
+    inside = fusion is not None and fusion.first != node.name
+    if inside and annotation.output is None:
+        return []  # the kernel writes float, so this member runs in float
+    found = []
+    for source in op.activations:
+        other = record_of(source).fusion
+        if fusion is not None and other is not None and other.group == fusion.group:
+            continue
+        if source.op != "get_attr" and is_float_tensor(gm, source):
+            found.append((source, spec))
+    return found
+
+
+def _output_spec(value: fx.Node) -> QuantSpec | None:
+    annotation = record_of(value).annotation
+    return annotation.output if annotation is not None else None
+
+
+def _group(value: fx.Node) -> int | None:
+    return record_of(value).share_group
+
+
+def _on_device(observer: nn.Module, gm: nn.Module) -> nn.Module:
+    devices = {parameter.device for parameter in gm.parameters()}
+    return observer.to(devices.pop()) if len(devices) == 1 else observer

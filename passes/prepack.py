@@ -1,0 +1,53 @@
+"""prepack: ``conv(x, pack(weight)) -> conv(x, packed)`` with a constant made once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from fxquant.graph_module import PackRecord, QuantGraphModule
+from fxquant.metadata import NodeRecord, set_record
+from fxquant.packing import PACKERS, pack
+from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
+from fxquant.rewriter import GraphRewriter
+
+
+@dataclass(frozen=True)
+class Prepack(Pass):
+    """Replace every packing call by a packed constant of the module.
+
+    The plain tensors stay as buffers: they are what is saved, and packed constants are made from
+    them again after a copy, a load or an unpickling.
+    """
+
+    name: ClassVar[str] = "prepack"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.LOWERED})
+    establishes: ClassVar[frozenset[Fact]] = frozenset({Fact.PACKED})
+
+    def run(self, gm: QuantGraphModule, context: PassContext) -> PassResult:
+        """Pack, and read the constants where the packing calls were."""
+        rewriter = GraphRewriter(gm, self.name)
+        names = {packer.function: name for name, packer in PACKERS.items()}
+        for node in list(gm.graph.nodes):
+            if node.op != "call_function" or node.target not in names:
+                continue
+            packer = names[node.target]
+            count = PACKERS[packer].tensors
+            record = PackRecord(
+                name=rewriter.fresh_name(node.name),
+                packer=packer,
+                tensors=tuple(
+                    str(a.target) if isinstance(a, fx.Node) else "" for a in node.args[:count]
+                ),
+                options=tuple(node.args[count:]),
+            )
+            gm.__dict__[record.name] = pack(gm, record)
+            gm.update_state(packs=(*gm.state.packs, record))
+            with gm.graph.inserting_before(node):
+                constant = gm.graph.create_node("get_attr", record.name)
+            set_record(constant, NodeRecord(made_by=self.name, has_value=True))
+            rewriter.replace_uses(node, constant)
+            rewriter.erase_dead([node])
+        return PassResult(changes=rewriter.finish())

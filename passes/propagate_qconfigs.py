@@ -1,0 +1,113 @@
+"""propagate-qconfigs: which qconfig governs each op, and which rule of the mapping won."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import fx
+
+from fxquant.errors import ConfigWarning, UnmatchedRuleError, did_you_mean
+from fxquant.graph_module import QuantGraphModule
+from fxquant.metadata import record_of, update_record
+from fxquant.op_view import type_of
+from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
+from fxquant.qconfig_mapping import QConfigMapping, resolve
+
+_OPS = ("call_module", "call_function", "call_method")
+
+
+@dataclass(frozen=True)
+class PropagateQConfigs(Pass):
+    """Record for every op the qconfig that the mapping gives it, and the rule.
+
+    Attributes:
+        mapping: what the user asked for.
+        known_paths: every module path of the user's model, for rules that match nothing.
+
+    Raises:
+        UnmatchedRuleError: a module-name, regex or call-order rule names nothing in the model.
+    """
+
+    mapping: QConfigMapping
+    known_paths: tuple[str, ...] = field(default=())
+
+    name: ClassVar[str] = "propagate-qconfigs"
+    establishes: ClassVar[frozenset[Fact]] = frozenset({Fact.QCONFIGS})
+
+    def run(self, gm: QuantGraphModule, context: PassContext) -> PassResult:
+        """Resolve every op; rules that match nothing are errors, types that match nothing warn."""
+        changes = 0
+        matched: set[Any] = set()
+        seen: set[str] = set(self.known_paths)
+        for node in gm.graph.nodes:
+            if node.op not in _OPS:
+                continue
+            record = record_of(node)
+            seen.add(record.scope)
+            resolution = resolve(self.mapping, **_subject(gm, node))
+            matched.update(resolution.matched_keys)
+            changed = record.qconfig != resolution.qconfig or record.rule != resolution.rule
+            if changed:
+                update_record(node, qconfig=resolution.qconfig, rule=resolution.rule)
+                changes += 1
+        self._report_unmatched(matched, seen, context)
+        return PassResult(changes=changes)
+
+    def _report_unmatched(
+        self, matched: set[Any], paths: set[str], context: PassContext
+    ) -> None:
+        mapping = self.mapping
+        problems = []
+        for name in mapping.module_name_qconfigs:
+            if ("module_name", name) not in matched and name not in paths:
+                problems.append(
+                    f"module_name rule {name!r} matches no module of the model"
+                    + did_you_mean(name, paths)
+                )
+        for pattern in mapping.module_name_regex_qconfigs:
+            if ("module_name_regex", pattern) not in matched:
+                problems.append(
+                    f"module_name_regex rule {pattern!r} matches no module of the model (it is"
+                    " matched from the start of the path, as re.match does)"
+                )
+        for key in mapping.module_name_object_type_order_qconfigs:
+            if ("module_name_object_type_order", key) not in matched:
+                scope, kind, index = key
+                problems.append(
+                    f"module_name_object_type_order rule ({scope!r},"
+                    f" {getattr(kind, '__name__', kind)}, {index}) matches no call"
+                    + (did_you_mean(scope, paths) if scope not in paths else "")
+                )
+        if problems:
+            raise UnmatchedRuleError(
+                "; ".join(problems) + ". Correct the rule or remove it; nothing was quantized"
+            )
+        if mapping.is_default:
+            return
+        for kind in mapping.object_type_qconfigs:
+            if ("object_type", kind) not in matched and not _is_default_type(mapping, kind):
+                name = kind if isinstance(kind, str) else getattr(kind, "__name__", repr(kind))
+                context.diagnostics.warn(
+                    f"object_type rule {name!r} matches no op of the model", ConfigWarning
+                )
+
+
+def _is_default_type(mapping: QConfigMapping, kind: object) -> bool:
+    return kind in getattr(mapping, "default_object_types", frozenset())
+
+
+def _subject(gm: QuantGraphModule, node: fx.Node) -> dict[str, Any]:
+    """What the precedence of :func:`fxquant.qconfig_mapping.resolve` looks at."""
+    record = record_of(node)
+    kind = type_of(gm, node)
+    path = str(node.target) if node.op == "call_module" else record.scope
+    scope_types: tuple[object, ...] = ()
+    if node.op != "call_module" and record.scope_types:
+        scope_types = (record.scope_types[-1],)
+    return {
+        "module_path": path,
+        "target_types": (kind,),
+        "scope_types": scope_types,
+        "order_index": ((record.scope, kind, record.call_index),),
+    }

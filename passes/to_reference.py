@@ -1,0 +1,337 @@
+"""to-reference: observers become ``dequantize(quantize(x))``, weights become integers.
+
+The result runs in floating point on exactly the values that int8 kernels see, and shows every
+scale, zero point and integer weight as a buffer.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxquant.errors import CalibrationWarning, NonFiniteStatisticError
+from fxquant.functional import FUNCTIONS, functional_call
+from fxquant.graph_module import QuantGraphModule, Stage
+from fxquant.metadata import add_reason, record_of
+from fxquant.op_view import Form, Op, attribute, op_of
+from fxquant.operators import DEQUANTIZE, QUANTIZE
+from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
+from fxquant.passes.insert_observers import OBSERVER_PREFIX
+from fxquant.qconfig import QConfig, spec_of
+from fxquant.rewriter import GraphRewriter
+from fxquant.specs import QParams, QuantSpec, choose_qparams, quantize
+
+
+@dataclass(frozen=True)
+class ToReference(Pass):
+    """Compute all parameters and put quantize and dequantize where observers were.
+
+    Observers of one sharing group unite their statistics first, so the group's range is that of
+    the union, whatever the order of the branches. A weight that several calls read is quantized
+    once. Biases stay in floating point, as in PyTorch's kernels.
+    """
+
+    name: ClassVar[str] = "to-reference"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED})
+    establishes: ClassVar[frozenset[Fact]] = frozenset({Fact.REFERENCE})
+
+    def run(self, gm: QuantGraphModule, context: PassContext) -> PassResult:
+        """Convert activations, then the values that share their parameters, then weights."""
+        rewriter = GraphRewriter(gm, self.name)
+        observers = [n for n in gm.graph.nodes if is_observer(n)]
+        _warn_uncalibrated(gm, observers, context)
+        parameters = _Parameters(rewriter, observers)
+        for node in observers:
+            _replace_observer(rewriter, node, parameters)
+        for node in list(gm.graph.nodes):
+            _quantize_moved(rewriter, node, parameters)
+        _Weights(rewriter).run()
+        gm.update_state(stage=Stage.REFERENCE)
+        rewriter.changes += 1
+        return PassResult(changes=rewriter.finish())
+
+
+def is_observer(node: fx.Node) -> bool:
+    """Whether ``node`` calls an observer that :class:`InsertObservers` inserted."""
+    return node.op == "call_module" and str(node.target).startswith(OBSERVER_PREFIX)
+
+
+def was_observed(observer: nn.Module) -> bool:
+    """Whether an observer, ours or torch.ao's, has seen data (or needs none)."""
+    known = getattr(observer, "was_observed", None)
+    if isinstance(known, bool):
+        return known
+    inner = getattr(observer, "activation_post_process", observer)
+    low = getattr(inner, "min_val", None)
+    if not isinstance(low, Tensor):
+        return True
+    return low.numel() > 0 and bool(torch.isfinite(low).all())
+
+
+def _warn_uncalibrated(
+    gm: QuantGraphModule, observers: list[fx.Node], context: PassContext
+) -> None:
+    blind = [
+        n.all_input_nodes[0].name
+        for n in observers
+        if not was_observed(gm.get_submodule(str(n.target)))
+    ]
+    if not blind:
+        return
+    shown = ", ".join(repr(name) for name in blind[:5])
+    more = f" and {len(blind) - 5} more" if len(blind) > 5 else ""
+    what = "no observer" if len(blind) == len(observers) else f"{len(blind)} observers"
+    seen = "has seen data" if len(blind) == len(observers) else "have seen no data"
+    context.diagnostics.warn(
+        f"{what} {seen} ({shown}{more}): must run observer before calling calculate_qparams."
+        " Returning default values. (scale 1, zero point 0). Run calibrate(prepared, data) before"
+        " convert_fx, with data that reach these ops",
+        CalibrationWarning,
+    )
+
+
+def _qparams_of(observer: nn.Module, spec: QuantSpec) -> QParams:
+    if not was_observed(observer):
+        return QParams(torch.ones(()), torch.zeros((), dtype=torch.int32), spec)
+    made = getattr(observer, "qparams", None)
+    if callable(made):
+        found = made()
+        assert isinstance(found, QParams)
+        return found
+    scale, zero_point = observer.calculate_qparams()  # type: ignore[operator]  # every observer has it
+    shape = (-1,) if spec.is_per_channel else ()
+    return QParams(
+        scale.detach().to(torch.float32).reshape(shape),
+        zero_point.detach().to(torch.int32).reshape(shape),
+        spec,
+    )
+
+
+def _spec(observer: nn.Module) -> QuantSpec:
+    factory = spec_of(lambda: observer)
+    assert factory is not None and factory.spec is not None
+    return factory.spec
+
+
+class _Parameters:
+    """Scale and zero-point buffers per observer, and per sharing group."""
+
+    def __init__(self, rewriter: GraphRewriter, observers: list[fx.Node]) -> None:
+        self.rewriter = rewriter
+        self.groups: dict[int, list[fx.Node]] = {}
+        for node in observers:
+            group = record_of(node).share_group
+            if group is not None:
+                self.groups.setdefault(group, []).append(node)
+        self.made: dict[object, tuple[str, str, QuantSpec]] = {}
+
+    def of_observer(self, node: fx.Node) -> tuple[str, str, QuantSpec]:
+        """Buffer names and spec for one observer's value."""
+        group = record_of(node).share_group
+        if group is not None:
+            return self.of_group(group)
+        if node not in self.made:
+            observer = self.rewriter.gm.get_submodule(str(node.target))
+            self.made[node] = self._store(node, _qparams_of(observer, _spec(observer)))
+        return self.made[node]
+
+    def of_group(self, group: int) -> tuple[str, str, QuantSpec]:
+        """Buffer names and spec for all values of a sharing group."""
+        if group not in self.made:
+            nodes = self.groups[group]
+            modules = [self.rewriter.gm.get_submodule(str(n.target)) for n in nodes]
+            self.made[group] = self._store(nodes[0], unite(modules))
+        return self.made[group]
+
+    def _store(self, node: fx.Node, qparams: QParams) -> tuple[str, str, QuantSpec]:
+        source = node.all_input_nodes[0]
+        if not bool(torch.isfinite(qparams.scale).all()):
+            raise NonFiniteStatisticError(
+                f"the observer of {source.name!r} gives scale {qparams.scale}: its statistics are"
+                " not finite. Look for NaN or Inf in the calibration data"
+            )
+        qparams.validate()
+        scale = self.rewriter.new_buffer(f"{source.name}_scale", qparams.scale.clone())
+        zero = self.rewriter.new_buffer(f"{source.name}_zero_point", qparams.zero_point.clone())
+        return scale, zero, qparams.spec
+
+
+def unite(observers: list[nn.Module]) -> QParams:
+    """Parameters for tensors that share them: of the union of the observers' statistics.
+
+    Observers of other libraries have no statistics to unite; then the ranges are united.
+    """
+    seen = [observer for observer in observers if was_observed(observer)] or observers
+    spec = _spec(seen[0])
+    merge = getattr(seen[0], "merge_from", None)
+    if len(seen) == 1:
+        return _qparams_of(seen[0], spec)
+    if callable(merge) and len({type(observer) for observer in seen}) == 1:
+        union = copy.deepcopy(seen[0])
+        union.merge_from(seen[1:])  # type: ignore[operator]  # checked above
+        return _qparams_of(union, spec)
+    lows, highs = [], []
+    for observer in seen:
+        q = _qparams_of(observer, _spec(observer))
+        lows.append((q.spec.quant_min - q.zero_point).to(torch.float32) * q.scale)
+        highs.append((q.spec.quant_max - q.zero_point).to(torch.float32) * q.scale)
+    return choose_qparams(torch.stack(lows).amin(0), torch.stack(highs).amax(0), spec)
+
+
+def _insert_pair(
+    rewriter: GraphRewriter,
+    value: fx.Node,
+    after: fx.Node,
+    parameters: tuple[str, str, QuantSpec],
+    readers: list[fx.Node],
+) -> fx.Node:
+    """Insert quantize and dequantize of ``value`` after ``after``; ``readers`` read the result."""
+    scale_name, zero_name, spec = parameters
+    following = after.next
+    scale = rewriter.get_attr(scale_name, before=following, like=value)
+    zero = rewriter.get_attr(zero_name, before=following, like=value)
+    quantized = rewriter.call(
+        QUANTIZE,
+        (value, scale, zero, spec.quant_min, spec.quant_max, spec.dtype),
+        before=following,
+        like=value,
+        name=f"{value.name}_quantize",
+        dtype=spec.dtype,
+    )
+    dequantized = rewriter.call(
+        DEQUANTIZE,
+        (quantized, scale, zero),
+        before=following,
+        like=value,
+        name=f"{value.name}_dequantize",
+    )
+    for reader in readers:
+        rewriter.replace_argument(reader, value, dequantized)
+    return dequantized
+
+
+def _replace_observer(rewriter: GraphRewriter, node: fx.Node, parameters: _Parameters) -> None:
+    value = node.all_input_nodes[0]
+    pair = parameters.of_observer(node)
+    dequantized = _insert_pair(rewriter, value, node, pair, [])
+    rewriter.replace_uses(node, dequantized)
+    rewriter.erase(node)
+
+
+def _quantize_moved(rewriter: GraphRewriter, node: fx.Node, parameters: _Parameters) -> None:
+    """Quantize the result of an op that only moves values, with its group's parameters."""
+    record = record_of(node)
+    if record.annotation is None or not record.annotation.shares or record.share_group is None:
+        return
+    if record.fusion is not None and record.fusion.last != node.name:
+        return
+    readers = [user for user in node.users]
+    _insert_pair(rewriter, node, node, parameters.of_group(record.share_group), readers)
+
+
+class _Weights:
+    """Turns every annotated weight into integers and its op into a function call."""
+
+    def __init__(self, rewriter: GraphRewriter) -> None:
+        self.rewriter = rewriter
+        self.made: dict[tuple[str, QuantSpec], tuple[str, str, str]] = {}
+
+    def run(self) -> None:
+        """Convert all ops of the graph that carry a weight spec."""
+        gm = self.rewriter.gm
+        for node in list(gm.graph.nodes):
+            record = record_of(node)
+            op = op_of(gm, node)
+            if op is None or record.annotation is None or record.annotation.weight is None:
+                continue
+            if op.name not in FUNCTIONS:
+                continue
+            assert record.qconfig is not None
+            self._convert(node, op, record.annotation.weight, record.qconfig)
+
+    def _convert(self, node: fx.Node, op: Op, spec: QuantSpec, qconfig: QConfig) -> None:
+        rewriter = self.rewriter
+        path = op.constant_path("weight")
+        assert path is not None
+        weight_name, scale_name, zero_name = self._integers(node, path, op, spec, qconfig)
+        weight = rewriter.get_attr(weight_name, before=node, like=node)
+        scale = rewriter.get_attr(scale_name, before=node, like=node)
+        zero = rewriter.get_attr(zero_name, before=node, like=node)
+        dequantized = rewriter.call(
+            DEQUANTIZE,
+            (weight, scale, zero, spec.ch_axis),
+            before=node,
+            like=weight,
+            name=f"{weight_name}_dequantize",
+            dtype=torch.float32,
+            origins=(),
+        )
+        target, args = functional_call(
+            op, input=op.activations[0], weight=dequantized, bias=self._bias(node, op)
+        )
+        constants = [a for a in node.all_input_nodes if a.op == "get_attr"]
+        rewriter.retarget(node, target, args)
+        rewriter.erase_dead([c for c in constants if c not in node.all_input_nodes])
+
+    def _bias(self, node: fx.Node, op: Op) -> fx.Node | None:
+        bias = op.constant("bias")
+        if bias is None:
+            return None
+        path = op.constant_path("bias")
+        assert path is not None
+        if op.form is not Form.MODULE:
+            found = op.arguments["bias"]
+            assert isinstance(found, fx.Node)
+            return found
+        name = self.rewriter.new_buffer(f"{node.name}_bias", bias.detach().clone())
+        return self.rewriter.get_attr(name, before=node, like=node)
+
+    def _integers(
+        self, node: fx.Node, path: str, op: Op, spec: QuantSpec, qconfig: QConfig
+    ) -> tuple[str, str, str]:
+        key = (path, spec)
+        if key not in self.made:
+            weight = attribute(self.rewriter.gm, path).detach()
+            qparams = weight_qparams(weight, spec, qconfig, node.name)
+            store = self.rewriter.new_buffer
+            self.made[key] = (
+                store(f"{node.name}_weight", quantize(weight.to(torch.float32), qparams)),
+                store(f"{node.name}_weight_scale", qparams.scale.clone()),
+                store(f"{node.name}_weight_zero_point", qparams.zero_point.clone()),
+            )
+        else:
+            add_reason(node, "shares its quantized weight with another call")
+        return self.made[key]
+
+
+def weight_qparams(weight: Tensor, spec: QuantSpec, qconfig: QConfig, name: str) -> QParams:
+    """Parameters of a weight, from the qconfig's weight observer run on its final values.
+
+    Args:
+        weight: after folding.
+        spec: what the op table made of the observer's wish.
+        qconfig: whose ``weight`` makes the observer.
+        name: the node, for messages.
+
+    Raises:
+        NonFiniteStatisticError: the weight holds NaN or Inf.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise NonFiniteStatisticError(
+            f"the weight of {name!r} holds NaN or Inf; it cannot be quantized. Check the"
+            " checkpoint, and the running variance of a batch-norm folded into it"
+        )
+    observer: Any = qconfig.weight()
+    if _spec(observer) == spec:
+        observer(weight)
+        return _qparams_of(observer, spec)
+    if spec.ch_axis is None:
+        low, high = weight.amin(), weight.amax()
+    else:
+        rows = weight.movedim(spec.ch_axis, 0).flatten(1)
+        low, high = rows.amin(1), rows.amax(1)
+    return choose_qparams(low, high, spec)

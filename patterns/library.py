@@ -1,0 +1,48 @@
+"""The built-in patterns, in the order of preference among matches of equal length."""
+
+from __future__ import annotations
+
+from fxquant.errors import ConfigError, did_you_mean
+from fxquant.patterns.batch_norm import BATCH_NORM_ACTIVATION
+from fxquant.patterns.concatenation import CONCATENATION_ACTIVATION
+from fxquant.patterns.convolution import CONVOLUTION_ACTIVATION, CONVOLUTION_ADD
+from fxquant.patterns.convolution_batch_norm import (
+    CONVOLUTION_BATCH_NORM,
+    CONVOLUTION_BATCH_NORM_QAT,
+)
+from fxquant.patterns.elementwise import ELEMENTWISE_ACTIVATION
+from fxquant.patterns.linear import LINEAR_ACTIVATION
+from fxquant.patterns.matrix_product import MATRIX_PRODUCT_ACTIVATION
+from fxquant.patterns.pattern import Pattern
+
+FOLD_PATTERNS: tuple[Pattern, ...] = CONVOLUTION_BATCH_NORM
+"""Chains whose parameters become those of one op, before anything is quantized."""
+
+QAT_PATTERNS: tuple[Pattern, ...] = CONVOLUTION_BATCH_NORM_QAT
+"""The chains of :data:`FOLD_PATTERNS` while they train."""
+
+FUSION_PATTERNS: tuple[Pattern, ...] = (
+    *CONVOLUTION_ADD,
+    *CONVOLUTION_ACTIVATION,
+    *LINEAR_ACTIVATION,
+    *BATCH_NORM_ACTIVATION,
+    *ELEMENTWISE_ACTIVATION,
+    *CONCATENATION_ACTIVATION,
+    *MATRIX_PRODUCT_ACTIVATION,
+)
+"""Chains that one kernel may compute, so that the values between are not observed."""
+
+_BY_NAME = {pattern.name: pattern for pattern in (*FOLD_PATTERNS, *FUSION_PATTERNS)}
+
+
+def pattern_named(name: str) -> Pattern:
+    """The built-in fold or fusion pattern of this name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        return _BY_NAME[name]
+    except KeyError:
+        hint = did_you_mean(name, _BY_NAME)
+        raise ConfigError(f"there is no pattern {name!r}{hint}") from None

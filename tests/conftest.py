@@ -1,0 +1,32 @@
+"""What all tests share: the data folder, and a line on what was skipped for want of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fxquant.errors import DataNotFoundError
+from fxquant.models_zoo.data import DATA_VARIABLE, find_data_dir
+
+SKIP_REASON = f"needs the data folder; set {DATA_VARIABLE}"
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The data folder; the test skips where there is none, and fails where a wrong one is set."""
+    try:
+        return find_data_dir()
+    except DataNotFoundError as error:
+        if os.environ.get(DATA_VARIABLE):
+            pytest.fail(str(error))
+        pytest.skip(SKIP_REASON)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many tests did not run because the data folder is absent."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    count = sum(SKIP_REASON in str(report.longrepr) for report in skipped)
+    if count:
+        terminalreporter.write_line(f"{count} tests skipped for missing data ({SKIP_REASON})")
