@@ -19,6 +19,8 @@ from fxquant.errors import CaptureError, CaptureWarning, Diagnostics
 from fxquant.graph_module import GraphState, QuantGraphModule, Stage
 from fxquant.metadata import record_of, set_record, update_record
 from fxquant.op_view import type_of
+from fxquant.shape_guards import ExampleValues, shape_guard
+from fxquant.shapes import as_arguments
 
 _TRACE_LOCK = threading.Lock()
 _PACKAGE = Path(__file__).parent
@@ -35,10 +37,33 @@ class CaptureTracer(fx.Tracer):
 
     record_stack_traces = True
 
-    def __init__(self, islands: dict[str, str]) -> None:
+    def __init__(self, islands: dict[str, str], examples: ExampleValues | None = None) -> None:
         super().__init__()
         self.record_stack_traces = True
         self.islands = islands
+        self.examples = examples
+        self.conditions: dict[str, bool] = {}
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Decide a condition on shapes by the example inputs and leave a guard in the graph.
+
+        Conditions on tensor values, and all conditions where there are no example inputs, are
+        refused as fx refuses them.
+        """
+        value = None if self.examples is None else self._example_value(obj)
+        if not isinstance(value, (bool, int, float)):
+            return super().to_bool(obj)
+        line = _line_of(traceback.extract_stack())
+        self.create_proxy("call_function", shape_guard, (obj, bool(value), line), {})
+        self.conditions[line] = bool(value)
+        return bool(value)
+
+    def _example_value(self, obj: fx.Proxy) -> Any:
+        assert self.examples is not None
+        try:
+            return self.examples.of(obj.node, self.root)
+        except Exception:  # the examples do not run; record_shapes says so with the reason
+            return None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Leaf modules are those of ``torch.nn`` but containers, and the islands."""
@@ -75,7 +100,9 @@ class _Refused(Exception):
         self.cause = cause
 
 
-def capture(model: nn.Module, diagnostics: Diagnostics) -> QuantGraphModule:
+def capture(
+    model: nn.Module, diagnostics: Diagnostics, example_inputs: object = None
+) -> QuantGraphModule:
     """Trace ``model`` into a float graph with its own modules and tensors.
 
     A submodule whose ``forward`` cannot be traced becomes an opaque leaf, found automatically and
@@ -84,6 +111,8 @@ def capture(model: nn.Module, diagnostics: Diagnostics) -> QuantGraphModule:
     Args:
         model: any module, or an already traced ``GraphModule``.
         diagnostics: takes the warnings.
+        example_inputs: decide conditions on shapes (``if x.shape[-1] % 2:``), one branch of which
+            is traced; ``None`` refuses such conditions.
 
     Raises:
         CaptureError: when the model itself, not a part of it, cannot be traced or copied.
@@ -93,7 +122,7 @@ def capture(model: nn.Module, diagnostics: Diagnostics) -> QuantGraphModule:
         graph = owned.graph
         gm = QuantGraphModule(owned, graph, type(model).__name__)
     else:
-        gm = _trace(owned, diagnostics)
+        gm = _trace(owned, diagnostics, example_inputs)
     gm.training = model.training
     gm.meta.update(getattr(model, "meta", {}) if isinstance(model, fx.GraphModule) else {})
     _record_scopes(gm)
@@ -138,10 +167,14 @@ def _only_leaves(gm: fx.GraphModule) -> bool:
     )
 
 
-def _trace(model: nn.Module, diagnostics: Diagnostics) -> QuantGraphModule:
+def _trace(
+    model: nn.Module, diagnostics: Diagnostics, example_inputs: object
+) -> QuantGraphModule:
     islands: dict[str, str] = {}
     while True:
-        tracer = CaptureTracer(islands)
+        args, kwargs = as_arguments(example_inputs)
+        usable = example_inputs is not None and not kwargs
+        tracer = CaptureTracer(islands, ExampleValues(args) if usable else None)
         try:
             with _TRACE_LOCK, _recording_builtins(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a trace runs the user's code on proxies
@@ -160,6 +193,12 @@ def _trace(model: nn.Module, diagnostics: Diagnostics) -> QuantGraphModule:
                 " in floating point and the rest is quantized"
             ) from error
         break
+    for line, value in tracer.conditions.items():
+        diagnostics.warn(
+            f"the condition on a shape at {line} is fixed to {value}, as for the example inputs;"
+            " inputs that take the other branch will raise an error",
+            CaptureWarning,
+        )
     for path, line in islands.items():
         diagnostics.warn(
             f"module {path!r} ({type(model.get_submodule(path)).__name__}) cannot be traced and"
@@ -241,7 +280,10 @@ def _first_line(error: BaseException) -> str:
 
 def _user_line(error: BaseException) -> str:
     """``file:line, in function: source`` of the innermost frame outside torch and fxquant."""
-    frames = traceback.extract_tb(error.__traceback__)
+    return _line_of(traceback.extract_tb(error.__traceback__))
+
+
+def _line_of(frames: traceback.StackSummary) -> str:
     for frame in reversed(frames):
         path = Path(frame.filename)
         inside = _PACKAGE in path.parents and _PACKAGE / "models_zoo" not in path.parents

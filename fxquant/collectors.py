@@ -19,6 +19,7 @@ collector                                      remembers
 # No "from __future__ import annotations" here: TorchScript cannot resolve class annotations that
 # are strings, and prepared QAT models have to be scriptable.
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
@@ -356,6 +357,7 @@ class HistogramCollector(Collector):
     # Elements binned at a time: on a CPU two scratch buffers of this size stay in level 2.
     CPU_CHUNK: Final[int] = 1 << 17
     DEVICE_CHUNK: Final[int] = 1 << 26
+    LANES: Final[int] = 4
     # No bin is narrower than 2**-100, so that its reciprocal is a normal float32.
     SMALLEST_EXPONENT: Final[int] = -100
 
@@ -384,9 +386,12 @@ class HistogramCollector(Collector):
             return
         values = _flat(x)
         low, high = torch.aminmax(values)
-        self._check_finite(low, high, x)
-        self._widen(low, high)
-        self._fit_grid(self.SMALLEST_EXPONENT)
+        smallest, largest = float(low), float(high)
+        if not (math.isfinite(smallest) and math.isfinite(largest)):
+            self._check_finite(low, high, x)
+        if smallest < float(self.min_val) or largest > float(self.max_val):
+            self._widen(low, high)
+            self._fit_grid(self.SMALLEST_EXPONENT)
         self._count(values)
         self.num_batches += 1
 
@@ -419,17 +424,32 @@ class HistogramCollector(Collector):
         # Scaling by a power of two is exact, so floor() finds the bin without rounding.
         scale = 2.0 ** (-int(self.exponent))
         first = int(self.first_bin)
-        chunk = self.CPU_CHUNK if values.device.type == "cpu" else self.DEVICE_CHUNK
-        size = min(chunk, values.numel())
+        on_cpu = values.device.type == "cpu"
+        size = min(self.CPU_CHUNK if on_cpu else self.DEVICE_CHUNK, values.numel())
+        # A spike (the zeros of a ReLU) makes one counter wait for itself again and again, so
+        # neighbouring values of a long row are counted in different lanes, added up at the end.
+        lanes = self.LANES if on_cpu and size == self.CPU_CHUNK else 1
+        start = self._lane_starts(size, values.device) - first if lanes > 1 else None
+        counts = torch.zeros(lanes * self.bins, dtype=torch.int64, device=values.device)
         scaled = torch.empty(size, dtype=torch.float32, device=values.device)
         index = torch.empty(size, dtype=torch.int32, device=values.device)
-        for part in torch.split(values, chunk):
-            count = part.numel()
-            where = scaled[:count]
+        for part in torch.split(values, size):
+            length = part.numel()
+            where = scaled[:length]
             torch.mul(part, scale, out=where)
-            where.floor_().sub_(first)
-            number = index[:count].copy_(where)
-            self.histogram += torch.bincount(number, minlength=self.bins)
+            where.floor_()
+            if start is not None:
+                where.add_(start[:length])
+            else:
+                where.sub_(first)
+            number = index[:length].copy_(where)
+            counts += torch.bincount(number, minlength=lanes * self.bins)
+        self.histogram += counts.view(lanes, self.bins).sum(0)
+
+    def _lane_starts(self, size: int, device: torch.device) -> Tensor:
+        if is_scripting():
+            return (torch.arange(size, device=device) % self.LANES * self.bins).to(torch.float32)
+        return _cached_lane_starts(size, self.LANES, self.bins, device)
 
     def _fit_grid(self, at_least: int) -> None:
         """Coarsen and shift the grid until it holds ``[min_val, max_val]``."""
@@ -488,6 +508,16 @@ def merge(collectors: Sequence[Collector]) -> Collector:
     for other in collectors[1:]:
         united.absorb(other)
     return united
+
+
+@functools.lru_cache(maxsize=8)
+def _cached_lane_starts(size: int, lanes: int, bins: int, device: torch.device) -> Tensor:
+    """``[0, bins, 2 * bins, ..., 0, bins, ...]``: where each value's lane begins, float32.
+
+    One row for all collectors; made outside inference mode, whose tensors cannot be used outside.
+    """
+    with torch.inference_mode(False):
+        return (torch.arange(size, device=device) % lanes * bins).to(torch.float32)
 
 
 def _flat(x: Tensor) -> Tensor:

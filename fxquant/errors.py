@@ -12,6 +12,7 @@
     |-- NotPreparedError (AssertionError)         convert_fx got a graph without observers
     |-- TrainingModeError (AssertionError)        a batch-norm would be folded while it trains
     |-- CaptureError                              the model could not be turned into a graph
+    |-- ShapeGuardError (RuntimeError)            an input takes a branch that was not traced
     |-- GraphError (AssertionError)               a pass left the graph in a state that is not allowed
     |   `-- PassContractError                     a pass did not do what it declared
     |-- CalibrationError (ValueError)             the calibration data cannot be used
@@ -76,6 +77,10 @@ class TrainingModeError(FxQuantError, AssertionError):
 
 class CaptureError(FxQuantError):
     """The model could not be turned into a graph."""
+
+
+class ShapeGuardError(FxQuantError, RuntimeError):
+    """An input takes a branch on shapes that the example inputs did not take."""
 
 
 class GraphError(FxQuantError, AssertionError):

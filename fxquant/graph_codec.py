@@ -6,6 +6,7 @@ metadata. Here a node is a tuple; a function is its qualified name.
 
 from __future__ import annotations
 
+import builtins
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -130,6 +131,8 @@ def decode_target(text: str) -> Any:
         for atom in name.split("."):
             value = getattr(value, atom)
         return value
+    if "." not in name and hasattr(builtins, name):
+        return getattr(builtins, name)
     module_name, _, rest = name.rpartition(".")
     atoms = [rest]
     while module_name:

@@ -199,18 +199,19 @@ def _rebuild(
     training: bool,
     meta: dict[str, Any],
 ) -> QuantGraphModule:
+    from fxquant.packing import pack
+
     root = nn.Module()
-    for name, value in parts.items():
+    root.training = training
+    for name, value in (parts | extra).items():
         set_attribute(root, name, value)
-    graph = decode_graph(nodes)
-    bare = replace(state, packs=())
-    result = QuantGraphModule(root, graph, state=bare)
+    for record in state.packs:
+        root.__dict__[record.name] = pack(root, record)
+    result = QuantGraphModule(root, decode_graph(nodes), state=state)
     for name, buffer in extra.items():
         set_attribute(result, name, buffer)
-    result.update_state(packs=state.packs)
     result.training = training
     result.meta.update(meta)
-    result.rebuild_packed()
     return result
 
 

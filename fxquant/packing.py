@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxquant.engines import consume_deprecation_warning, engine
 from fxquant.graph_module import PackRecord, QuantGraphModule
@@ -17,14 +17,14 @@ from fxquant.op_view import attribute
 
 def repack(gm: QuantGraphModule) -> None:
     """Make every packed constant of ``gm`` from its plain tensors."""
-    consume_deprecation_warning()
     for record in gm.state.packs:
         gm.__dict__[record.name] = pack(gm, record)
 
 
-def pack(gm: QuantGraphModule, record: PackRecord) -> Any:
-    """One packed constant."""
-    tensors = [attribute(gm, name).detach() if name else None for name in record.tensors]
+def pack(root: nn.Module, record: PackRecord) -> Any:
+    """One packed constant from the plain tensors of ``root``."""
+    consume_deprecation_warning()
+    tensors = [attribute(root, name).detach() if name else None for name in record.tensors]
     return PACKERS[record.packer].function(*tensors, *record.options)
 
 

@@ -90,7 +90,7 @@ def prepare_fx(
         if qconfig_mapping is None
         else normalize(qconfig_mapping)
     )
-    gm = capture(model, diagnostics)
+    gm = capture(model, diagnostics, example_inputs)
     record_shapes(gm, example_inputs, diagnostics)
     gm.update_state(target=chosen.name, ledger=build_ledger(gm))
     paths = tuple(name for name, _ in model.named_modules())

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import fx, nn
 
-from fxquant.dataflow import is_float_tensor, value_users
+from fxquant.dataflow import is_float_tensor
 from fxquant.graph_module import QuantGraphModule, Stage
 from fxquant.metadata import record_of
 from fxquant.op_view import op_of
@@ -83,7 +83,7 @@ def _requests(gm: QuantGraphModule) -> dict[fx.Node, list[_Request]]:
         if ends and annotation.output is not None and not annotation.shares:
             requests.setdefault(node, []).append(
                 _Request(
-                    spec=annotation.output, qconfig=record.qconfig, readers=value_users(node)
+                    spec=annotation.output, qconfig=record.qconfig, readers=list(node.users)
                 )
             )
     return requests

@@ -64,8 +64,8 @@ def no_mutation_between(match: Match) -> Reason | None:
             writer = aliasing.writer_between(value, op.node, match.last, match.nodes)
             if writer is not None:
                 return because(
-                    "{writer!r} writes in place, between {node!r} and {last!r}, what may be the memory of "
-                    "{value!r}",
+                    "{writer!r} writes in place, between {node!r} and {last!r}, what may be the "
+                    "memory of {value!r}",
                     writer.name,
                     writer=writer.name,
                     value=value.name,

@@ -37,7 +37,7 @@ def _trace(model: nn.Module, *inputs: Any, training: bool = False) -> fx.GraphMo
 
 @pytest.fixture(scope="session")
 def trace() -> Callable[..., fx.GraphModule]:
-    """``trace(model, *inputs)``: the graph in evaluation mode, with shapes where inputs are given."""
+    """``trace(model, *inputs)``: the graph, with shapes where inputs are given."""
     return _trace
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_an_op_with_its_activation(trace: Trace, name: str, producer: str, act: 
     report = match_all(trace(Chain(module, act), torch.ones(shape)), FUSION_PATTERNS)
     (match,) = report.matches
     assert match.pattern.name == name
-    assert [node.name for node in match.nodes][0] == "op"
+    assert match.first.name == "op"
     assert match.last.name == list(match.gm.graph.nodes)[-2].name
     assert report.refusals == ()
 
@@ -104,7 +105,7 @@ def test_functions_on_attributes(trace: Trace, name: str) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.w = nn.Parameter(torch.ones(2, 2))
-            self.register_buffer("b", torch.ones(2))
+            self.b = nn.Parameter(torch.ones(2))
 
         def forward(self, x: Tensor) -> Tensor:
             return FUNCTIONAL[name](x, self.w, self.b)
@@ -170,7 +171,7 @@ def test_a_residual_is_preferred_to_the_clamp_after_it(trace: Trace) -> None:
     assert miss.culprits == ("add",)
 
 
-REFUSED_ADDS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str, str, tuple[str, ...]]] = {
+REFUSED_ADDS: dict[str, tuple[Callable[[Tensor, Tensor], Any], str, str, tuple[str, ...]]] = {
     "alpha": (
         lambda y, o: torch.add(y, o, alpha=2),
         "unit_alpha",
@@ -208,7 +209,7 @@ REFUSED_ADDS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str, str, tupl
         ("add",),
     ),
     "also returned": (
-        lambda y, o: (y + o, y),  # type: ignore[return-value, arg-type]
+        lambda y, o: (y + o, y),
         "single_user",
         "the output of 'conv' is also used by 'output', so making one op of 'conv' and 'add' would "
         "change 'output'",

@@ -11,7 +11,7 @@ from fxquant.patterns.ownership import ParameterOwners
 
 
 def owners(root: nn.Module, *calls: str) -> tuple[ParameterOwners, fx.GraphModule]:
-    """A graph that calls modules (``conv``) and reads attributes (``.w``, used by a sum) in order."""
+    """A graph that calls modules (``conv``) and adds attributes (``.w``), in order."""
     graph = fx.Graph()
     value = graph.placeholder("x")
     for call in calls:
@@ -119,7 +119,6 @@ def test_meta_tensors_are_told_apart_by_storage(shared: bool) -> None:
 def test_tensors_inside_an_opaque_module_count_even_unregistered() -> None:
     conv = nn.Conv2d(2, 2, 1)
     island = nn.Module()
-    island.cache = [1]
     object.__setattr__(island, "plain", conv.weight.data)
     found, _ = owners(root(a=conv, island=root(inner=island)), "a", "island")
     assert readers(found, conv.weight) == [("a", "a.weight"), ("island", "island.inner.plain")]
