@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import builtins
 import copy
+import inspect
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from fxquant.graph_module import GraphState, QuantGraphModule, Stage
 from fxquant.metadata import record_of, set_record, update_record
 from fxquant.op_view import type_of
 from fxquant.shape_guards import ExampleValues, shape_guard
-from fxquant.shapes import as_arguments
+from fxquant.shapes import bind_examples
 
 _TRACE_LOCK = threading.Lock()
 _PACKAGE = Path(__file__).parent
@@ -28,8 +29,7 @@ _TORCH = Path(torch.__file__).parent
 
 
 class CaptureTracer(fx.Tracer):
-    """An fx tracer that records ``max``/``min`` over shapes and turns what cannot be traced into
-    leaves.
+    """An fx tracer that records ``max`` of shapes and makes leaves of what cannot be traced.
 
     Attributes:
         islands: paths of submodules that stay opaque, with the reason.
@@ -43,6 +43,7 @@ class CaptureTracer(fx.Tracer):
         self.islands = islands
         self.examples = examples
         self.conditions: dict[str, bool] = {}
+        self._thread = threading.get_ident()
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Decide a condition on shapes by the example inputs and leave a guard in the graph.
@@ -62,7 +63,7 @@ class CaptureTracer(fx.Tracer):
         assert self.examples is not None
         try:
             return self.examples.of(obj.node, self.root)
-        except Exception:  # the examples do not run; record_shapes says so with the reason
+        except Exception:  # noqa: BLE001  # the examples do not run; record_shapes says so with the reason
             return None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -78,7 +79,13 @@ class CaptureTracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Trace a submodule's call, noting the innermost submodule that refuses."""
+        """Trace a submodule's call, noting the innermost submodule that refuses.
+
+        fx patches ``nn.Module.__call__`` for the whole process while it traces: calls from other
+        threads pass.
+        """
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
         try:
             return super().call_module(m, forward, args, kwargs)
         except _Refused:
@@ -117,13 +124,14 @@ def capture(
     Raises:
         CaptureError: when the model itself, not a part of it, cannot be traced or copied.
     """
-    owned = _own_copy(model)
-    if isinstance(owned, fx.GraphModule) and _only_leaves(owned):
-        graph = owned.graph
-        gm = QuantGraphModule(owned, graph, type(model).__name__)
+    _check_state(model, diagnostics)
+    if isinstance(model, fx.GraphModule) and _only_leaves(model):
+        owned = _own_copy(model)
+        assert isinstance(owned, fx.GraphModule)
+        gm = QuantGraphModule(owned, owned.graph, type(model).__name__)
     else:
-        gm = _trace(owned, diagnostics, example_inputs)
-    gm.training = model.training
+        gm = _trace(model, diagnostics, example_inputs)
+    _copy_training_flags(model, gm)
     gm.meta.update(getattr(model, "meta", {}) if isinstance(model, fx.GraphModule) else {})
     _record_scopes(gm)
     names = tuple(str(n.target) for n in gm.graph.nodes if n.op == "placeholder")
@@ -131,30 +139,69 @@ def capture(
     return gm
 
 
-def _own_copy(model: nn.Module) -> nn.Module:
-    if any(p.device.type == "meta" for p in model.parameters()):
-        raise CaptureError(
-            "the model's parameters are on the 'meta' device and hold no values; load real weights"
-            " (model.to_empty(device='cpu') and load_state_dict) before quantizing"
-        )
+def _copy_training_flags(model: nn.Module, gm: fx.GraphModule) -> None:
+    """Containers that fx makes for the submodules of a graph train by default; take the model's."""
+    flags = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
+    for name, module in gm.named_modules(remove_duplicate=False):
+        module.training = flags.get(name, module.training)
+
+
+def _check_state(model: nn.Module, diagnostics: Diagnostics) -> None:
+    """Refuse what has no values yet, and say what a graph does not hold."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type == "meta":
+            raise CaptureError(
+                f"{name!r} is on the 'meta' device and holds no values; load real weights"
+                " (model.to_empty(device='cpu') and load_state_dict) before quantizing"
+            )
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]  # the mixin is typed for subclasses only
+        lazy = isinstance(module, nn.modules.lazy.LazyModuleMixin)
+        if lazy and module.has_uninitialized_params():  # type: ignore[operator]  # nn.Module types attributes as tensors or modules
             raise CaptureError(
                 f"module {name!r} ({type(module).__name__}) is lazy and not initialised yet; run"
                 " the model once on a real input before quantizing"
             )
+    if "forward" in vars(model) and not isinstance(model, fx.GraphModule):
+        raise CaptureError(
+            f"the forward of this {type(model).__name__} is replaced on the object, and a trace"
+            " sees the forward of its class; wrap the model in a module whose forward calls it"
+        )
+    hooks = (*model._forward_pre_hooks.values(), *model._forward_hooks.values())
+    if hooks:
+        names = ", ".join(getattr(hook, "__name__", type(hook).__name__) for hook in hooks)
+        diagnostics.warn(
+            f"the model has the forward hook(s) {names}, which do not become part of the graph;"
+            " call what they do in a forward to keep it",
+            CaptureWarning,
+        )
+
+
+def _own_copy(model: nn.Module) -> nn.Module:
+    """A copy with tensors of its own; a cached tensor with history becomes one without."""
     memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in module.__dict__.values():
-            if isinstance(value, torch.Tensor) and not value.is_leaf:
+    seen: set[int] = set()
+    pending: list[Any] = [model]
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            if not value.is_leaf:
                 memo[id(value)] = value.detach().clone()  # deepcopy refuses tensors with history
+        elif isinstance(value, nn.Module):
+            pending.extend(vars(value).values())
+        elif isinstance(value, Mapping):
+            pending.extend(value.values())
+        elif isinstance(value, (tuple, list, set, frozenset)):
+            pending.extend(value)
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise CaptureError(
-            f"the model {type(model).__name__} cannot be copied ({error}); fxquant works on a copy"
-            " so that the caller's model stays as it is. Remove or define __deepcopy__ for the"
-            " attribute that refuses"
+            f"the model {type(model).__name__} cannot be copied ({_first_line(error)}); fxquant"
+            " works on a copy so that the caller's model stays as it is. Remove or define"
+            " __deepcopy__ for the attribute that refuses"
         ) from error
 
 
@@ -167,18 +214,19 @@ def _only_leaves(gm: fx.GraphModule) -> bool:
     )
 
 
-def _trace(
-    model: nn.Module, diagnostics: Diagnostics, example_inputs: object
-) -> QuantGraphModule:
+def _trace(model: nn.Module, diagnostics: Diagnostics, example_inputs: object) -> QuantGraphModule:
     islands: dict[str, str] = {}
+    examples = bind_examples(type(model).forward, example_inputs)
+    fixed = {} if examples is None else examples.fixed
     while True:
-        args, kwargs = as_arguments(example_inputs)
-        usable = example_inputs is not None and not kwargs
-        tracer = CaptureTracer(islands, ExampleValues(args) if usable else None)
+        owned = _own_copy(model)  # anew each time: a forward may count its calls
+        before = {path: dict(vars(module)) for path, module in owned.named_modules()}
+        values = None if examples is None else ExampleValues(examples.values)
+        tracer = CaptureTracer(islands, values)
         try:
             with _TRACE_LOCK, _recording_builtins(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a trace runs the user's code on proxies
-                graph = tracer.trace(model)
+                graph = tracer.trace(owned, dict(fixed) or None)
         except _Refused as refused:
             if refused.path in islands:
                 raise CaptureError(
@@ -193,6 +241,8 @@ def _trace(
                 " in floating point and the rest is quantized"
             ) from error
         break
+    _order_inputs(graph, fixed, type(model).forward)
+    _restore_attributes(owned, before, diagnostics)
     for line, value in tracer.conditions.items():
         diagnostics.warn(
             f"the condition on a shape at {line} is fixed to {value}, as for the example inputs;"
@@ -206,13 +256,55 @@ def _trace(
             " tensor values to have it quantized",
             CaptureWarning,
         )
-    gm = QuantGraphModule(model, graph, type(model).__name__)
+    gm = QuantGraphModule(owned, graph, type(model).__name__)
     for node in gm.graph.nodes:
         if node.op == "call_module" and str(node.target) in islands:
             update_record(
                 node, reasons=(f"opaque island: cannot be traced, {islands[str(node.target)]}",)
             )
     return gm
+
+
+def _order_inputs(graph: fx.Graph, fixed: Mapping[str, Any], forward: Callable[..., Any]) -> None:
+    """Give the inputs the names and the order of ``forward``, before everything else.
+
+    fx numbers the inputs that it fixes to a value, and puts ``*args`` behind keyword-only inputs.
+    """
+    nodes = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            name = str(node.target)
+            if name.removesuffix("_1") in fixed and name.endswith("_1"):
+                name = node.target = name.removesuffix("_1")
+            nodes[name.lstrip("*")] = node
+    order = [name for name in inspect.signature(forward).parameters if name in nodes]
+    last: fx.Node | None = None
+    for name in order:
+        place = next(iter(graph.nodes)) if last is None else last.next
+        if place is not nodes[name]:
+            place.prepend(nodes[name])
+        last = nodes[name]
+
+
+def _restore_attributes(
+    model: nn.Module, before: Mapping[str, Mapping[str, Any]], diagnostics: Diagnostics
+) -> None:
+    """Undo what a forward assigned to attributes while it was traced, with a warning."""
+    for path, module in model.named_modules():
+        for name, value in list(vars(module).items()):
+            if not isinstance(value, fx.Proxy):
+                continue
+            if name in before[path]:
+                vars(module)[name] = before[path][name]
+            else:
+                delattr(module, name)
+            whole = f"{path}.{name}" if path else name
+            diagnostics.warn(
+                f"forward stores a value that it computes in the attribute {whole!r}; the graph"
+                " does not, and reads there what is there now. Return the value, and pass it to the"
+                " next call",
+                CaptureWarning,
+            )
 
 
 def _record_scopes(gm: QuantGraphModule) -> None:
@@ -222,8 +314,9 @@ def _record_scopes(gm: QuantGraphModule) -> None:
         if node.op == "call_module":
             target = str(node.target)
             stack = [entry for entry in stack if entry[0] != target]
-        scope = str(stack[-1][0]) if stack else ""
         record = record_of(node)
+        scope = str(stack[-1][0]) if stack else record.scope
+        scope_types = tuple(entry[1] for entry in stack if isinstance(entry[1], type))
         if node.op in ("call_module", "call_function", "call_method"):
             key = (scope, type_of(gm, node))
             counts[key] = counts.get(key, -1) + 1
@@ -235,7 +328,7 @@ def _record_scopes(gm: QuantGraphModule) -> None:
         update_record(
             node,
             scope=scope,
-            scope_types=tuple(entry[1] for entry in stack if isinstance(entry[1], type)),
+            scope_types=scope_types if stack else record.scope_types,
             call_index=index,
             origins=origins,
         )
@@ -252,6 +345,8 @@ def _recording_builtins() -> Iterator[None]:
 
     def recording(original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
+            if len(args) == 1 and isinstance(args[0], Iterator):
+                args = (list(args[0]),)
             proxy = _find_proxy(args)
             if proxy is None:
                 return original(*args, **kwargs)

@@ -536,9 +536,11 @@ def _finest_exponent(low: float, high: float, bins: int, at_least: int) -> int:
 
     Bin numbers stay below 2**22 as well, where float32 still holds every integer.
     """
+    largest = max(abs(low), abs(high))
+    if largest == 0.0:
+        return at_least
     # frexp: v = m * 2**k with 0.5 <= m < 1, so 2**(k - 1) <= v < 2**k.
-    size = math.frexp(max(abs(low), abs(high)))[1]
-    exponent = max(at_least, size - 22)
+    exponent = max(at_least, math.frexp(largest)[1] - 22)
     if high > low:
         exponent = max(exponent, math.frexp((high - low) / bins)[1] - 1)
     while math.floor(high / 2.0**exponent) - math.floor(low / 2.0**exponent) >= bins:

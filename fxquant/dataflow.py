@@ -7,6 +7,7 @@ import builtins
 from torch import fx
 
 from fxquant.metadata import TensorRecord, record_of
+from fxquant.op_catalog import OpKind
 from fxquant.op_view import kind_of
 
 _SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "device", "dtype", "is_cuda", "layout"})
@@ -28,18 +29,46 @@ def value_users(node: fx.Node) -> list[fx.Node]:
 def is_float_tensor(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether ``node`` gives one floating-point tensor.
 
-    With value records this is known. Without them, inputs count as float tensors, known ops as
-    giving what they read, and everything else as something else.
+    With value records this is known. Without them, an op with a weight takes and gives float
+    tensors, another known op gives what it reads, inputs count as float tensors, and everything
+    else as something else.
     """
-    record = record_of(node)
-    if record.has_value:
-        return isinstance(record.value, TensorRecord) and record.value.dtype.is_floating_point
-    if node.op == "placeholder":
-        return True
-    kind = kind_of(gm, node)
-    if kind is None or kind.name == "slice":
-        return False
-    return any(is_float_tensor(gm, argument) for argument in node.all_input_nodes[:1])
+    return _float_tensor(gm, node) is not False
+
+
+def is_surely_float_tensor(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """As :func:`is_float_tensor`, but an input that only may be a float tensor is none."""
+    return _float_tensor(gm, node) is True
+
+
+def _float_tensor(gm: fx.GraphModule, node: fx.Node) -> bool | None:
+    """``None`` where ``node`` gives what an input is of which nothing is known."""
+    current = node
+    while True:
+        record = record_of(current)
+        if record.has_value:
+            return isinstance(record.value, TensorRecord) and record.value.dtype.is_floating_point
+        kind = kind_of(gm, current)
+        if kind is not None and kind.constants:
+            return True
+        if any(_must_be_float(gm, current, user) for user in current.users):
+            return True
+        if current.op == "placeholder":
+            return False if str(current.target).startswith("*") else None
+        sources = [source for source in current.all_input_nodes if source.op != "get_attr"]
+        if kind is None or kind.name == "slice" or not sources:
+            return False
+        current = sources[0]
+
+
+def _must_be_float(gm: fx.GraphModule, value: fx.Node, user: fx.Node) -> bool:
+    """Whether ``user`` reads ``value`` where only a float tensor can stand."""
+    kind = kind_of(gm, user)
+    return kind is not None and _first_activation(kind, user) is value and bool(kind.constants)
+
+
+def _first_activation(kind: OpKind, node: fx.Node) -> object:
+    return node.args[0] if node.args else node.kwargs.get(kind.activations[0])
 
 
 def has_float_input(gm: fx.GraphModule, node: fx.Node) -> bool:

@@ -18,6 +18,8 @@ def as_quantized(x: Tensor, scale: float, zero_point: int) -> Tensor:
     return torch._make_per_tensor_quantized_tensor(x, scale, zero_point)
 
 
-def channels_last_bytes(x: Tensor) -> Tensor:
-    """``x`` in channels_last, copied only where it is not."""
-    return x.contiguous(memory_format=torch.channels_last)
+def accumulator(other: Tensor, x: Tensor) -> Tensor:
+    """``other`` as a sum's accumulator: in channels_last, for every image of ``x``; else a copy."""
+    if other.shape[0] != x.shape[0]:
+        other = other.expand(x.shape[0], -1, -1, -1)
+    return other.contiguous(memory_format=torch.channels_last)

@@ -14,6 +14,26 @@ from fxquant.op_catalog import COMPUTE_KINDS
 from fxquant.op_view import Op, kind_of, op_of, type_name
 
 
+_PRODUCTS = frozenset(
+    {
+        "addbmm",
+        "addmm",
+        "addmv",
+        "baddbmm",
+        "chain_matmul",
+        "dot",
+        "einsum",
+        "inner",
+        "multi_dot",
+        "multi_head_attention_forward",
+        "mv",
+        "scaled_dot_product_attention",
+        "tensordot",
+    }
+)
+"""Functions and methods that multiply matrices and that the op catalogue has no kind for."""
+
+
 def build_ledger(gm: QuantGraphModule) -> tuple[OpEntry, ...]:
     """One entry per operation that a float tensor enters, in graph order.
 
@@ -48,17 +68,20 @@ def macs_of(gm: fx.GraphModule, node: fx.Node) -> int | None:
 
     Convolution: output elements x input channels per group x kernel elements; transposed: input
     elements x output channels per group x kernel elements; linear and matrix products: output
-    elements x inner size; recurrent modules: time steps x batch x weight elements; all else 0.
+    elements x inner size; recurrent modules: time steps x batch x weight elements; element-wise
+    and moving ops: 0.
 
     Returns:
-        ``None`` where the shapes are unknown.
+        ``None`` where the shapes are unknown, or what the op multiplies.
     """
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
         if isinstance(module, torch.nn.RNNBase):
             return _recurrent_macs(module, node)
     op = op_of(gm, node)
-    if op is None or op.name not in COMPUTE_KINDS:
+    if op is None:
+        return None if _may_multiply(gm, node) else 0
+    if op.name not in COMPUTE_KINDS:
         return 0
     output, source = shape_of(node), shape_of(op.activations[0]) if op.activations else None
     if output is None or source is None:
@@ -71,6 +94,24 @@ def macs_of(gm: fx.GraphModule, node: fx.Node) -> int | None:
     if op.name.startswith("conv_transpose"):
         return math.prod(source) * math.prod(weight[1:])
     return math.prod(output) * math.prod(weight[1:])
+
+
+def _may_multiply(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether an op that the catalogue cannot count may hold multiply-accumulates.
+
+    A module with a weight matrix (an island, attention), a matrix product under another name, or a
+    function that is not torch's.
+    """
+    kind = kind_of(gm, node)
+    if kind is not None:
+        return kind.name in COMPUTE_KINDS
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        return any(parameter.dim() > 1 for parameter in module.parameters())
+    if type_name(gm, node) in _PRODUCTS:
+        return True
+    origin = str(getattr(node.target, "__module__", None) or "").partition(".")[0]
+    return node.op == "call_function" and origin not in ("", "torch", "_operator", "builtins")
 
 
 def _weight_shape(op: Op) -> tuple[int, ...] | None:

@@ -134,7 +134,7 @@ class Lowering:
     Attributes:
         rewriter: of the graph.
         values: quantize node of the reference graph -> its value in the lowered graph.
-        order: position of every reference node before lowering began.
+        order: when each reference node's kernel runs, as a position in the graph.
     """
 
     rewriter: GraphRewriter
@@ -209,6 +209,7 @@ class Lowering:
     def result(self, site: Site, node: fx.Node, held: Representation, root: fx.Node | None = None) -> None:
         """Register ``node`` as the site's int8 result."""
         assert site.quantize is not None
+        update_record(node, stands_for=site.quantize.name)
         self.values[site.quantize] = IntValue(
             node=node,
             representation=held,
@@ -219,6 +220,7 @@ class Lowering:
 
     def result_float(self, site: Site, node: fx.Node) -> None:
         """Let the readers of the site's float value read ``node``."""
+        update_record(node, stands_for=site.last.name)
         self.rewriter.replace_uses(site.last, node)
 
     def held_as(self, value: IntValue, wanted: Representation, *, at: fx.Node) -> fx.Node:
@@ -244,7 +246,7 @@ class Lowering:
         return self._converted[key]
 
     def last_reader(self, value: IntValue) -> tuple[int, str]:
-        """Position and name of the last reference node that reads the memory of ``value``."""
+        """When the memory of ``value`` is read last, and by which reference node."""
         last, name = -1, ""
         for quantize, other in self.values.items():
             if other.root is not value.root or not isinstance(quantize, fx.Node):

@@ -89,6 +89,7 @@ class NodeRecord:
         kernel: the kernel of the target, once lowered.
         made_by: the pass that made the node.
         bound: argument position -> name of the buffer whose value is inlined there.
+        stands_for: in a lowered graph: the node of the reference graph whose value this is.
     """
 
     value: ValueRecord = None
@@ -106,6 +107,7 @@ class NodeRecord:
     kernel: str = ""
     made_by: str = ""
     bound: tuple[tuple[int, str], ...] = ()
+    stands_for: str = ""
 
     def __post_init__(self) -> None:
         for name, kind in (("reasons", str), ("origins", str)):

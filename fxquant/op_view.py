@@ -188,10 +188,10 @@ def _bind(kind: OpKind, node: fx.Node) -> dict[str, Any] | None:
         args = [args[0], rest[0] if isinstance(rest[0], (tuple, list)) else tuple(rest)]
     if len(args) > len(names):
         return None
-    bound = {name: default for name, default in kind.signature}
+    bound = dict(kind.signature)
     bound.update(zip(names, args, strict=False))
     known = set(names) | {"inplace"}
-    aliases = {"x": "input", "self": "input", "axis": "dim", "out": None, "A": "input", "B": "other"}
+    aliases = {"x": "input", "self": "input", "axis": "dim", "A": "input", "B": "other"}
     for key, value in node.kwargs.items():
         name = key if key in known else aliases.get(key)
         if name is None:

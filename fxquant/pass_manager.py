@@ -32,6 +32,8 @@ class Fact(Enum):
     ANNOTATED = "every op has its specs or a reason"
     SHARED = "tensors with common parameters are grouped"
     OBSERVED = "observers are inserted"
+    MEANS_WATCHED = "channel means of inputs are watched"
+    BIAS_CORRECTED = "biases make up for rounded weights, and the channel means are gone"
     REFERENCE = "the graph is quantize, dequantize and float ops"
     ABSORBED = "clamps that the output range expresses are gone"
     CANCELLED = "no redundant quantize and dequantize"
@@ -172,8 +174,9 @@ def fingerprint(gm: QuantGraphModule) -> int:
             parts.append((id(value), getattr(value, "_version", 0)))
         elif node.op == "call_module":
             module = gm.get_submodule(str(node.target))
-            parts.extend((name, id(p), p._version) for name, p in module.named_parameters())
-            parts.append(getattr(module, "inplace", None))
+            tensors = (*module.named_parameters(), *module.named_buffers())
+            parts.extend((name, id(tensor), tensor._version) for name, tensor in tensors)
+            parts.append((getattr(module, "inplace", None), module.training))
     parts.append(gm.state.fates)
     parts.append(gm.state.stage)
     parts.append(tuple(p.name in gm.__dict__ for p in gm.state.packs))

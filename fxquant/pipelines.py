@@ -6,9 +6,11 @@ from fxquant.pass_manager import Fact, Pipeline
 from fxquant.passes.absorb_clamps import AbsorbClamps
 from fxquant.passes.annotate import Annotate
 from fxquant.passes.cancel_quantize import CancelQuantize
+from fxquant.passes.correct_bias import CorrectBias
 from fxquant.passes.fold_batch_norm import FoldBatchNorm
 from fxquant.passes.functionalize import Functionalize
 from fxquant.passes.fuse_patterns import FusePatterns
+from fxquant.passes.insert_channel_means import InsertChannelMeans
 from fxquant.passes.insert_observers import InsertObservers
 from fxquant.passes.lower import Lower
 from fxquant.passes.prepack import Prepack
@@ -31,13 +33,17 @@ def fuse_pipeline() -> Pipeline:
     )
 
 
-def prepare_pipeline(mapping: QConfigMapping, known_paths: tuple[str, ...]) -> Pipeline:
+def prepare_pipeline(
+    mapping: QConfigMapping, known_paths: tuple[str, ...], *, bias_correction: bool = True
+) -> Pipeline:
     """Float graph to prepared graph.
 
     Args:
         mapping: the user's qconfigs.
         known_paths: module paths of the user's model, for rules that match nothing.
+        bias_correction: also watch what correct-bias needs.
     """
+    watch = (InsertChannelMeans(),) if bias_correction else ()
     return Pipeline(
         "prepare",
         (
@@ -48,7 +54,8 @@ def prepare_pipeline(mapping: QConfigMapping, known_paths: tuple[str, ...]) -> P
             FusePatterns(),  # values inside a pattern are not observed
             Annotate(),  # specs from qconfig and op table
             ShareParameters(),  # which tensors have one range
-            InsertObservers(),  # last: everything before reads a float graph
+            InsertObservers(),  # everything before reads a float graph
+            *watch,  # after the observers: they watch what the kernel will read
         ),
     )
 
@@ -58,6 +65,7 @@ def reference_pipeline() -> Pipeline:
     return Pipeline(
         "reference",
         (
+            CorrectBias(),  # needs the float weights, and takes the channel means out
             ToReference(),  # parameters are computed here, once
             AbsorbClamps(),  # needs final parameters
             CancelQuantize(),  # moved values and absorbed clamps leave pairs that do nothing

@@ -393,7 +393,7 @@ def _backend(
 BACKENDS: Final[Mapping[str, BackendDefaults]] = {
     "x86": _backend(
         _full_range,
-        default_per_channel_weight_observer,
+        per_channel_weight_observer_range_neg_127_to_127,
         default_fused_act_fake_quant,
         default_fused_per_channel_wt_fake_quant,
     ),

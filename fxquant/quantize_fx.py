@@ -49,6 +49,7 @@ def prepare_fx(
     example_inputs: Any = _MISSING,
     *,
     target: str = "x86",
+    bias_correction: bool = True,
     strict: bool = False,
 ) -> QuantGraphModule:
     """Trace ``model``, fold and fuse it, and insert observers.
@@ -65,6 +66,9 @@ def prepare_fx(
             inputs, will do). Shapes come from them. ``None`` goes without shapes: residual adds
             are then not fused and MACs not counted.
         target: ``"x86"`` or ``"reference"``.
+        bias_correction: correct the biases of convolutions and linears for the mean error of their
+            rounded weights (4 dB on EfficientNet-Lite0); calibration then also watches the mean of
+            every channel, in modules ``channel_mean_N``.
         strict: turn every warning into an error.
 
     Returns:
@@ -93,9 +97,9 @@ def prepare_fx(
     gm = capture(model, diagnostics, example_inputs)
     record_shapes(gm, example_inputs, diagnostics)
     gm.update_state(target=chosen.name, ledger=build_ledger(gm))
-    paths = tuple(name for name, _ in model.named_modules())
+    paths = tuple(name for name, _ in model.named_modules(remove_duplicate=False))
     context = PassContext(target=chosen, diagnostics=diagnostics)
-    prepare_pipeline(mapping, paths).run(gm, context)
+    prepare_pipeline(mapping, paths, bias_correction=bias_correction).run(gm, context)
     return gm
 
 
@@ -140,11 +144,15 @@ def convert_to_reference_fx(prepared: nn.Module, *, strict: bool = False) -> Qua
     return _reference(prepared, "convert_to_reference_fx", strict=strict)[0]
 
 
-def fuse_fx(model: nn.Module, *, strict: bool = False) -> QuantGraphModule:
+def fuse_fx(
+    model: nn.Module, *, example_inputs: Any = None, strict: bool = False
+) -> QuantGraphModule:
     """Trace ``model`` and fold its batch-norms; nothing is quantized.
 
     Args:
         model: a module in evaluation mode. It is not touched.
+        example_inputs: as for :func:`prepare_fx`. Without them a linear before a batch-norm is
+            taken to have two-dimensional inputs, and conditions on shapes cannot be traced.
         strict: turn every warning into an error.
 
     Raises:
@@ -153,7 +161,8 @@ def fuse_fx(model: nn.Module, *, strict: bool = False) -> QuantGraphModule:
     """
     _check_module(model, "fuse_fx")
     diagnostics = Diagnostics(strict=strict)
-    gm = capture(model, diagnostics)
+    gm = capture(model, diagnostics, example_inputs)
+    record_shapes(gm, example_inputs, diagnostics)
     gm.update_state(ledger=build_ledger(gm))
     fuse_pipeline().run(gm, PassContext(target=target_named("x86"), diagnostics=diagnostics))
     gm.update_state(stage=Stage.FUSED)

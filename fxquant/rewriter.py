@@ -78,9 +78,7 @@ class GraphRewriter:
     ) -> fx.Node:
         """Insert a call of the submodule at ``path``; arguments as for :meth:`call`."""
         name = path.replace(".", "_")
-        return self._insert(
-            "call_module", path, args, {}, before, after, like, name, None, changes
-        )
+        return self._insert("call_module", path, args, {}, before, after, like, name, None, changes)
 
     def get_attr(
         self, path: str, *, before: fx.Node, like: fx.Node | None = None, name: str | None = None
@@ -202,7 +200,8 @@ class GraphRewriter:
             used.update(name for _, name in record_of(node).bound)
         for pack in self.gm.state.packs:
             used.update((pack.name, *pack.tensors))
-        holders = {".".join(path.split(".")[:i]) for path in used for i in range(1, path.count(".") + 2)}
+        parts = [path.split(".") for path in used]
+        holders = {".".join(atoms[:i]) for atoms in parts for i in range(1, len(atoms) + 1)}
         for path in dict.fromkeys(self._orphans):
             atoms = path.split(".")
             inside = any(".".join(atoms[:i]) in used for i in range(1, len(atoms) + 1))

@@ -1,25 +1,44 @@
 """Shapes and dtypes of every value, from one run with the example inputs.
 
-The run is in fake mode (no arithmetic, no buffer written) and falls back to a real run on the
-captured copy where a model's control flow needs real values.
+The run is in fake mode (no arithmetic) and falls back to a real run where a model's control flow
+needs real values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import copy
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from fxquant.errors import CaptureWarning, Diagnostics
 from fxquant.graph_module import QuantGraphModule
-from fxquant.metadata import TensorRecord, map_value, update_record
+from fxquant.metadata import TensorRecord, ValueRecord, map_value, update_record
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph and records what every node gives."""
+    """Runs a graph and keeps a record of what every node gives, by the node's name.
+
+    Args:
+        gm: the graph.
+        inputs: input name -> value.
+    """
+
+    def __init__(self, gm: fx.GraphModule, inputs: Mapping[str, Any]) -> None:
+        super().__init__(gm)
+        self.inputs = inputs
+        self.records: dict[str, ValueRecord] = {}
+
+    def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.inputs[str(target)]
 
     def run_node(self, n: fx.Node) -> Any:
         try:
@@ -28,12 +47,8 @@ class _Recorder(fx.Interpreter):
             if not hasattr(error, "_fxquant_node"):
                 error._fxquant_node = n  # type: ignore[attr-defined]  # carried to the message
             raise
-        update_record(
-            n,
-            value=map_value(
-                value, lambda t: TensorRecord(shape=tuple(int(s) for s in t.shape), dtype=t.dtype)
-            ),
-            has_value=True,
+        self.records[n.name] = map_value(
+            value, lambda t: TensorRecord(shape=tuple(int(s) for s in t.shape), dtype=t.dtype)
         )
         return value
 
@@ -55,14 +70,54 @@ def as_arguments(
     return (example_inputs,), {}
 
 
-def record_shapes(
-    gm: QuantGraphModule, example_inputs: object, diagnostics: Diagnostics
-) -> bool:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examples:
+    """Example inputs, bound to the parameters of a ``forward``.
+
+    Attributes:
+        values: one for every input of the traced graph, in the order in which fx makes them.
+        fixed: inputs that are always ``None``, or a flag left at its default: what a trace may
+            take for constant.
+    """
+
+    values: tuple[Any, ...]
+    fixed: Mapping[str, Any]
+
+
+def bind_examples(forward: Callable[..., Any], example_inputs: object) -> Examples | None:
+    """Bind ``example_inputs`` to ``forward``, a function of a module and its inputs.
+
+    Returns:
+        ``None`` where there are none, or where they do not bind.
+    """
+    if example_inputs is None:
+        return None
+    args, kwargs = as_arguments(example_inputs)
+    signature = inspect.signature(forward)
+    try:
+        bound = signature.bind(None, *args, **kwargs)
+    except TypeError:
+        return None
+    given = set(bound.arguments)
+    bound.apply_defaults()
+    parameters = list(signature.parameters.values())[1:]
+    fixed = {
+        p.name: bound.arguments[p.name]
+        for p in parameters
+        if bound.arguments[p.name] is None
+        or (p.name not in given and isinstance(p.default, (bool, str)))
+    }
+    last = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    order = sorted(parameters, key=lambda p: last.index(p.kind) + 1 if p.kind in last else 0)
+    return Examples(values=tuple(bound.arguments[p.name] for p in order), fixed=fixed)
+
+
+def record_shapes(gm: QuantGraphModule, example_inputs: object, diagnostics: Diagnostics) -> bool:
     """Run ``gm`` with the example inputs and record the shape and dtype of every value.
 
     Args:
-        gm: a float graph; its buffers are not written.
-        example_inputs: what the caller gave; ``None`` skips the run.
+        gm: a float graph; a copy of it runs, so that neither a buffer is written nor an attribute.
+        example_inputs: what the caller gave, which is not written either; ``None`` skips the run.
         diagnostics: takes the warning when the inputs do not run.
 
     Returns:
@@ -70,74 +125,75 @@ def record_shapes(
     """
     if example_inputs is None:
         return False
-    args, kwargs = as_arguments(example_inputs)
-    training = {module: module.training for module in gm.modules()}
-    try:
-        gm.eval()
-        error = _run_fake(gm, args, kwargs)
-        if error is not None:
-            error = _run_real(gm, args, kwargs)
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-    if error is None:
+    records = _run(gm, example_inputs, fake=True)
+    if isinstance(records, Exception):
+        records = _run(gm, example_inputs, fake=False)
+    if not isinstance(records, Exception):
+        for node in gm.graph.nodes:
+            update_record(node, value=records[node.name], has_value=True)
         gm.update_state(shapes_known=True)
         return True
     for node in gm.graph.nodes:
         update_record(node, value=None, has_value=False)
-    diagnostics.warn(_explain_failure(error, example_inputs), CaptureWarning)
+    diagnostics.warn(_explain_failure(records, example_inputs), CaptureWarning)
     return False
 
 
-def _place(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Arguments in placeholder order, as an interpreter wants them."""
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    names = [str(n.target) for n in placeholders]
-    unknown = sorted(set(kwargs) - set(names))
-    if unknown or len(args) > len(placeholders):
+def _run(
+    gm: QuantGraphModule, example_inputs: object, *, fake: bool
+) -> dict[str, ValueRecord] | Exception:
+    """The records of a run in evaluation mode, or why there are none."""
+    shared: list[torch.Tensor] = [*gm.parameters(), *(gm.buffers() if fake else ())]
+    try:
+        scratch = copy.deepcopy(gm, {id(tensor): tensor for tensor in shared}).eval()
+        with contextlib.ExitStack() as stack:
+            make: Callable[[torch.Tensor], torch.Tensor] = torch.clone
+            if fake:
+                mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+                make = mode.from_tensor
+            else:
+                stack.enter_context(torch.random.fork_rng(devices=()))
+            stack.enter_context(torch.no_grad())
+            args, kwargs = tree_map_only(torch.Tensor, make, as_arguments(example_inputs))
+            recorder = _Recorder(scratch, _place(gm, args, kwargs))
+            recorder.run()
+    except Exception as error:  # noqa: BLE001  # whatever a user's model raises is reported
+        return error
+    return recorder.records
+
+
+def _place(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Input name -> value, as Python would bind the arguments to a function of these inputs."""
+    nodes = {str(n.target): n for n in gm.graph.nodes if n.op == "placeholder"}
+    free = [name for name in nodes if not name.startswith("*")]
+    rest = next((name for name in nodes if name.startswith("*") and name[1] != "*"), None)
+    if rest is not None:
+        free = list(nodes)[: list(nodes).index(rest)]
+    named = next((name for name in nodes if name.startswith("**")), None)
+    unknown = sorted(set(kwargs) - set(nodes))
+    if (unknown and named is None) or (len(args) > len(free) and rest is None):
         raise TypeError(
-            f"the model takes {names}, the example inputs are {len(args)} positional value(s)"
-            f" and the keywords {sorted(kwargs)}"
+            f"the model takes {list(nodes)}, the example inputs are {len(args)} positional"
+            f" value(s) and the keywords {sorted(kwargs)}"
         )
-    placed = list(args)
-    for node, name in zip(placeholders[len(args) :], names[len(args) :], strict=True):
-        if name in kwargs:
-            placed.append(kwargs[name])
-        elif node.args:
-            placed.append(node.args[0])
-        else:
+    placed = dict(zip(free, args, strict=False))
+    for name, node in nodes.items():
+        if name == rest:
+            placed[name] = args[len(free) :]
+        elif name == named:
+            placed[name] = {key: kwargs[key] for key in unknown}
+        elif name in kwargs:
+            placed[name] = kwargs[name]
+        elif name not in placed and node.args:
+            placed[name] = node.args[0]
+        elif name not in placed:
             raise TypeError(f"the example inputs lack a value for {name!r}")
-    return tuple(placed)
-
-
-def _run_fake(
-    gm: QuantGraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Exception | None:
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-            fake = torch.utils._pytree.tree_map_only(
-                torch.Tensor, mode.from_tensor, _place(gm, args, kwargs)
-            )
-            _Recorder(gm).run(*fake)
-    except Exception as error:  # noqa: BLE001  # whatever a user's model raises is reported below
-        return error
-    return None
-
-
-def _run_real(
-    gm: QuantGraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Exception | None:
-    try:
-        with torch.no_grad():
-            _Recorder(gm).run(*_place(gm, args, kwargs))
-    except Exception as error:  # noqa: BLE001  # whatever a user's model raises is reported below
-        return error
-    return None
+    return placed
 
 
 def _explain_failure(error: Exception, example_inputs: object) -> str:
     node = getattr(error, "_fxquant_node", None)
-    where = f" at node {node.name!r} ({node.op} {node.target})" if node is not None else ""
+    where = f" at node {node.name!r} ({node.op} {node.target}{_line_of(node)})" if node else ""
     cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     args, kwargs = as_arguments(example_inputs)
     given = [_describe(a) for a in args] + [f"{k}={_describe(v)}" for k, v in kwargs.items()]
@@ -146,6 +202,12 @@ def _explain_failure(error: Exception, example_inputs: object) -> str:
         " Shapes stay unknown, so residual adds are not fused and MACs are not counted; pass"
         " example inputs that the model accepts"
     )
+
+
+def _line_of(node: fx.Node) -> str:
+    """`` in file:line``: where the user's code made ``node``."""
+    frames = re.findall(r'File "(.+)", line (\d+)', node.stack_trace or "")
+    return f" in {frames[-1][0]}:{frames[-1][1]}" if frames else ""
 
 
 def _describe(value: object) -> str:

@@ -86,8 +86,9 @@ def _quantization(gm: QuantGraphModule) -> list[str]:
 
 
 def _quantize(gm: QuantGraphModule, node: fx.Node, *, lowered: bool) -> list[str]:
-    _, scale, zero_point, quant_min, quant_max, dtype, *_ = node.args
+    _, scale, zero_point, quant_min, quant_max, dtype, *axis = node.args
     problems = _parameters(gm, node, scale, zero_point, (quant_min, quant_max))
+    problems.extend(_axis(gm, node, scale, *axis))
     value = record_of(node).value
     if isinstance(value, TensorRecord) and value.dtype != dtype:
         problems.append(
@@ -107,12 +108,16 @@ def _quantize(gm: QuantGraphModule, node: fx.Node, *, lowered: bool) -> list[str
 
 
 def _dequantize(gm: QuantGraphModule, node: fx.Node) -> list[str]:
-    source, scale, zero_point, *_ = node.args
+    source, scale, zero_point, *axis = node.args
     problems = _parameters(gm, node, scale, zero_point, None)
+    problems.extend(_axis(gm, node, scale, *axis))
+    value = record_of(source).value if isinstance(source, fx.Node) else None
+    if isinstance(value, TensorRecord) and value.dtype.is_floating_point:
+        problems.append(f"dequantize {node.name!r} reads {value.dtype}, not integers")
     if isinstance(source, fx.Node) and source.target is QUANTIZE:
         wanted = source.args[1:3]
         if (str(wanted[0]), str(wanted[1])) != (str(scale), str(zero_point)):
-            if _same_constants(gm, wanted, (scale, zero_point)):
+            if _same_constants(wanted, (scale, zero_point)):
                 return problems
             problems.append(
                 f"dequantize {node.name!r} reads {source.name!r} with other parameters"
@@ -121,7 +126,7 @@ def _dequantize(gm: QuantGraphModule, node: fx.Node) -> list[str]:
     return problems
 
 
-def _same_constants(gm: QuantGraphModule, left: tuple[object, ...], right: tuple[object, ...]) -> bool:
+def _same_constants(left: tuple[object, ...], right: tuple[object, ...]) -> bool:
     return all(
         isinstance(a, fx.Node) and isinstance(b, fx.Node) and a.target == b.target
         for a, b in zip(left, right, strict=True)
@@ -137,20 +142,34 @@ def _parameters(
 ) -> list[str]:
     problems = []
     scale_value, zero_value = _constant(gm, scale), _constant(gm, zero_point)
-    if scale_value is not None and not bool((torch.isfinite(scale_value) & (scale_value > 0)).all()):
-        problems.append(
-            f"{node.name!r} has scale {scale_value.flatten()[0].item()}; a scale must be finite"
-            " and > 0"
-        )
+    if scale_value is not None:
+        wrong = scale_value[~(torch.isfinite(scale_value) & (scale_value > 0))]
+        if wrong.numel():
+            problems.append(
+                f"{node.name!r} has scale {wrong[0].item()}; a scale must be finite and > 0"
+            )
     if zero_value is not None and bounds is not None:
         low, high = bounds
         assert isinstance(low, int) and isinstance(high, int)
-        if not bool(((zero_value >= low) & (zero_value <= high)).all()):
-            problems.append(
-                f"{node.name!r} has zero point {zero_value.flatten()[0].item()} outside"
-                f" {low}..{high}"
-            )
+        wrong = zero_value[(zero_value < low) | (zero_value > high)]
+        if wrong.numel():
+            problems.append(f"{node.name!r} has zero point {wrong[0].item()} outside {low}..{high}")
     return problems
+
+
+def _axis(gm: QuantGraphModule, node: fx.Node, scale: object, axis: object = None) -> list[str]:
+    value = record_of(node).value
+    if not isinstance(axis, int) or not isinstance(value, TensorRecord):
+        return []
+    if not 0 <= axis < len(value.shape):
+        return [f"{node.name!r} has axis {axis}, its shape is {value.shape}"]
+    scales = _constant(gm, scale)
+    if scales is not None and scales.numel() != value.shape[axis]:
+        return [
+            f"{node.name!r} has {scales.numel()} scales for {value.shape[axis]} channels on axis"
+            f" {axis}"
+        ]
+    return []
 
 
 def _constant(gm: QuantGraphModule, argument: object) -> torch.Tensor | None:

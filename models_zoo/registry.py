@@ -115,7 +115,7 @@ class ZooEntry:
 
     def agreement(self, model: Model) -> float:
         """Percent of :meth:`agreement_inputs` on which ``model`` and the FP32 model agree."""
-        return metrics.agreement(self._fp32_logits, self.logits(model, self.agreement_inputs()))
+        return metrics.agreement(self.fp32_logits, self.logits(model, self.agreement_inputs()))
 
     def logits(self, model: Model, inputs: Iterable[Tensor]) -> Tensor:
         """The outputs of ``model`` for batches of inputs, real classes only: ``(N, classes)``."""
@@ -127,7 +127,8 @@ class ZooEntry:
         return self.images.evaluation_images()
 
     @cached_property
-    def _fp32_logits(self) -> Tensor:
+    def fp32_logits(self) -> Tensor:
+        """The FP32 model's outputs for :meth:`agreement_inputs`, real classes only."""
         return self.logits(self.model, self.agreement_inputs())
 
     def _inputs(self, images: Tensor) -> Sequence[Tensor]:

@@ -14,9 +14,9 @@ from torch import fx
 
 from fxquant.clamps import CLAMP_KINDS, bounds_of, high_is_free, low_is_free
 from fxquant.graph_module import QuantGraphModule
-from fxquant.metadata import add_reason
+from fxquant.metadata import add_reason, record_of, update_record
 from fxquant.op_view import attribute, op_of
-from fxquant.operators import QUANTIZE
+from fxquant.operators import DEQUANTIZE, QUANTIZE
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult, Refusal
 from fxquant.rewriter import GraphRewriter
 
@@ -54,6 +54,7 @@ class AbsorbClamps(Pass):
                 source = op.activations[0]
                 add_reason(node, f"{op.name} is free: the output range expresses it")
                 rewriter.absorb(source, node)
+                _carry_upstream(source)
             elif high_free and low == 0.0 and op.name != "relu":
                 rewriter.retarget(node, torch.relu, (op.activations[0],))
                 add_reason(node, f"the upper bound {high} of {op.name} is free: a relu is left")
@@ -67,6 +68,26 @@ class AbsorbClamps(Pass):
                     )
                 )
         return PassResult(changes=rewriter.finish(), refusals=tuple(refusals))
+
+
+def _carry_upstream(source: fx.Node) -> None:
+    """Let the op behind a quantize and dequantize carry what was absorbed into the dequantize.
+
+    Neither of the two survives lowering, and the op of the float graph must stay accounted for.
+    """
+    if source.target is not DEQUANTIZE:
+        return
+    moved = record_of(source)
+    carrier = source
+    while carrier.target is DEQUANTIZE:
+        carrier = carrier.all_input_nodes[0].all_input_nodes[0]
+    record = record_of(carrier)
+    update_record(
+        carrier,
+        origins=tuple(dict.fromkeys((*record.origins, *moved.origins))),
+        reasons=tuple(dict.fromkeys((*record.reasons, *moved.reasons))),
+    )
+    update_record(source, origins=(), reasons=())
 
 
 def _value(gm: QuantGraphModule, argument: object) -> torch.Tensor:

@@ -7,19 +7,29 @@ from typing import ClassVar
 
 import torch
 from torch import fx
+from torch.nn.utils.parametrize import is_parametrized
 
-from fxquant.dataflow import is_float_tensor, value_users
+from fxquant.dataflow import (
+    has_float_input,
+    is_surely_float_tensor,
+    reads_only_shape,
+    value_users,
+)
 from fxquant.errors import ConfigWarning
 from fxquant.graph_module import QuantGraphModule
-from fxquant.metadata import Annotation, add_reason, record_of, update_record
+from fxquant.metadata import Annotation, TensorRecord, add_reason, record_of, update_record
 from fxquant.op_view import Op, kind_of, op_of
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
+from fxquant.patterns.aliasing import Aliasing, written_value
 from fxquant.qconfig import QConfig, spec_of
 from fxquant.specs import QuantSpec
-from fxquant.targets.table import OutputPolicy, Role, Row, Target
+from fxquant.targets.table import OutputPolicy, Role, Row
 from fxquant.targets.x86 import NO_INT8_KERNEL
 
 _OPS = ("call_module", "call_function", "call_method")
+_OTHER_DTYPE = (
+    "; int8 kernels quantize float32 and give float32. Convert the model with model.float()"
+)
 
 
 @dataclass(frozen=True)
@@ -39,12 +49,14 @@ class Annotate(Pass):
     def run(self, gm: QuantGraphModule, context: PassContext) -> PassResult:
         """Annotate in two sweeps: what can be quantized, then what pays."""
         before = {node: record_of(node) for node in gm.graph.nodes}
+        overwritten = _overwritten(gm)
         plans = {}
         for node in gm.graph.nodes:
             if node.op in _OPS:
-                plan = _plan(gm, node, context)
+                plan = _plan(gm, node, context, overwritten)
                 if plan is not None:
                     plans[node] = plan
+        _warn_of_dtypes(gm, context)
         _Decision(gm, plans).decide()
         changes = sum(record_of(node) != record for node, record in before.items())
         return PassResult(changes=changes)
@@ -60,12 +72,27 @@ class _Plan:
     weight: QuantSpec | None
 
 
-def _plan(gm: QuantGraphModule, node: fx.Node, context: PassContext) -> _Plan | None:
+def _overwritten(gm: QuantGraphModule) -> dict[fx.Node, fx.Node]:
+    """Values whose memory an op writes later that could not be made functional, with that op."""
+    nodes = list(gm.graph.nodes)
+    if not any(written_value(gm, node) is not None for node in nodes):
+        return {}
+    aliasing = Aliasing(gm, {node: index for index, node in enumerate(nodes)})
+    found = {node: aliasing.writer_between(node, node, nodes[-1], ()) for node in nodes}
+    return {node: writer for node, writer in found.items() if writer is not None}
+
+
+def _plan(
+    gm: QuantGraphModule,
+    node: fx.Node,
+    context: PassContext,
+    overwritten: dict[fx.Node, fx.Node],
+) -> _Plan | None:
     record = record_of(node)
     fusion = record.fusion
     if fusion is not None and fusion.first != node.name:
         return None  # the first op of the pattern speaks for it
-    if not any(is_float_tensor(gm, a) for a in node.all_input_nodes if a.op != "get_attr"):
+    if reads_only_shape(node) or not has_float_input(gm, node):
         return None
     if any(reason.startswith("opaque island") for reason in record.reasons):
         return None
@@ -79,13 +106,27 @@ def _plan(gm: QuantGraphModule, node: fx.Node, context: PassContext) -> _Plan | 
     if op is None or row is None:
         name = kind.name if kind is not None else str(getattr(node.target, "__name__", node.target))
         if node.op == "call_module":
-            name = type(gm.get_submodule(str(node.target))).__name__
+            module = gm.get_submodule(str(node.target))
+            name = type(module).__name__
+            if is_parametrized(module):
+                add_reason(
+                    node,
+                    f"module {str(node.target)!r} computes its weight at every call; call"
+                    " torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') before",
+                )
+                return None
         add_reason(node, NO_INT8_KERNEL.format(kind=name))
         return None
     if row.role is Role.FLOAT:
         add_reason(node, row.reason)
         return None
-    reason = row.refusal(op) or _unusable_weight(op, row)
+    reason = (
+        row.refusal(op)
+        or _unusable_weight(op, row)
+        or _unusable_inputs(gm, op, row)
+        or _hooked(gm, node)
+        or _written_in_place(node, overwritten)
+    )
     if reason is not None:
         add_reason(node, reason)
         return None
@@ -104,9 +145,66 @@ def _unusable_weight(op: Op, row: Row) -> str | None:
     return None
 
 
-def _specs(
-    node: fx.Node, op: Op, row: Row, qconfig: QConfig, context: PassContext
-) -> _Plan | None:
+def _unusable_inputs(gm: QuantGraphModule, op: Op, row: Row) -> str | None:
+    for source in op.activations:
+        value = record_of(source).value
+        if isinstance(value, TensorRecord) and value.dtype != torch.float32:
+            return f"{source.name!r} is {_short(value.dtype)}{_OTHER_DTYPE}"
+        if row.kind in ("add", "mul", "slice") and not is_surely_float_tensor(gm, source):
+            return (
+                f"{source.name!r} may be something else than a float tensor, which example inputs"
+                " would tell"
+            )
+    return None
+
+
+def _warn_of_dtypes(gm: QuantGraphModule, context: PassContext) -> None:
+    found = [
+        (node, reason)
+        for node in gm.graph.nodes
+        for reason in record_of(node).reasons
+        if reason.endswith(_OTHER_DTYPE) and not reason.startswith("behind")
+    ]
+    if found:
+        node, reason = found[0]
+        context.diagnostics.warn(
+            f"{len(found)} op(s) cannot be quantized because of their dtype, the first is"
+            f" {node.name!r}: {reason}",
+            ConfigWarning,
+        )
+
+
+def _hooked(gm: QuantGraphModule, node: fx.Node) -> str | None:
+    if node.op != "call_module":
+        return None
+    module = gm.get_submodule(str(node.target))
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    if not hooks:
+        return None
+    names = [getattr(hook, "__name__", type(hook).__name__) for hook in hooks]
+    cures = {
+        "WeightNorm": "torch.nn.utils.remove_weight_norm(module)",
+        "SpectralNorm": "torch.nn.utils.remove_spectral_norm(module)",
+    }
+    cure = next((cures[name] for name in names if name in cures), "remove them before")
+    return (
+        f"module {str(node.target)!r} has the forward hook(s) {', '.join(names)}, which an int8"
+        f" kernel would not run; {cure}"
+    )
+
+
+def _written_in_place(node: fx.Node, overwritten: dict[fx.Node, fx.Node]) -> str | None:
+    for value in (node, *node.all_input_nodes):
+        writer = overwritten.get(value)
+        if writer is not None:
+            return (
+                f"{writer.name!r} writes in place what may be the memory of {value.name!r}; use the"
+                " form that is not in place"
+            )
+    return None
+
+
+def _specs(node: fx.Node, op: Op, row: Row, qconfig: QConfig, context: PassContext) -> _Plan | None:
     factory = spec_of(qconfig.activation)
     if factory is not None and factory.reuse_input and row.role is Role.SHARES:
         return _Plan(op=op, row=row, activation=None, weight=None)
@@ -155,9 +253,7 @@ def _fit_weight(node: fx.Node, weight: QuantSpec, row: Row) -> QuantSpec:
     if not weight.is_per_channel:
         return weight
     if row.weight_axis is None:
-        scheme = (
-            torch.per_tensor_symmetric if weight.is_symmetric else torch.per_tensor_affine
-        )
+        scheme = torch.per_tensor_symmetric if weight.is_symmetric else torch.per_tensor_affine
         add_reason(
             node,
             "weight per tensor instead of per channel: PyTorch has no right kernel for per-channel"
@@ -196,6 +292,17 @@ class _Decision:
             if annotation is not None:
                 self.quantized.add(node)
                 self._annotate(node, annotation)
+        for members in self.groups.values():
+            self._explain(members)
+
+    def _explain(self, members: list[fx.Node]) -> None:
+        """Give the ops behind one that stays in floating point its reasons too."""
+        first, *others = members
+        if record_of(first).annotation is not None:
+            return
+        for node in others:
+            for reason in record_of(first).reasons:
+                add_reason(node, f"behind {first.name!r}: {reason}")
 
     def _annotate(self, node: fx.Node, annotation: Annotation) -> None:
         fusion = record_of(node).fusion
@@ -210,12 +317,11 @@ class _Decision:
         """For every value: whether a compute op will read it as integers, maybe through movers."""
         wanted: dict[fx.Node, bool] = {}
         for node in reversed(self.gm.graph.nodes):
-            wanted[node] = any(self._reads_integers(user, node, wanted) for user in value_users(node))
+            users = value_users(node)
+            wanted[node] = any(self._reads_integers(user, node, wanted) for user in users)
         return wanted
 
-    def _reads_integers(
-        self, user: fx.Node, value: fx.Node, wanted: dict[fx.Node, bool]
-    ) -> bool:
+    def _reads_integers(self, user: fx.Node, value: fx.Node, wanted: dict[fx.Node, bool]) -> bool:
         head = self._head_of(user)
         plan = self.plans.get(head)
         if plan is None:
@@ -270,8 +376,11 @@ class _Decision:
             plan.activation,
         )
         if spec is None:
-            add_reason(node, f"it reuses its input's parameters, and its input {sources[0].name!r}"
-                       " is in floating point")
+            add_reason(
+                node,
+                f"it reuses its input's parameters, and its input {sources[0].name!r}"
+                " is in floating point",
+            )
             return None
         specs = tuple(spec for _ in sources)
         return Annotation(inputs=specs, output=spec, shares=True)

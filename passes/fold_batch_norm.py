@@ -12,13 +12,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from fxquant.errors import TrainingModeError
+from fxquant.errors import CaptureWarning, TrainingModeError
 from fxquant.graph_module import QuantGraphModule
-from fxquant.metadata import add_reason
+from fxquant.metadata import add_reason, record_of, shape_of
 from fxquant.op_view import Form, Op
+from fxquant.parameters import store_parameter
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult, Refusal
 from fxquant.patterns.library import FOLD_PATTERNS
-from fxquant.patterns.matcher import match_all
+from fxquant.patterns.matcher import MatchReport, match_all
 from fxquant.rewriter import GraphRewriter
 
 
@@ -40,7 +41,8 @@ class FoldBatchNorm(Pass):
     def run(self, gm: QuantGraphModule, context: PassContext) -> PassResult:
         """Fold every match; batch-norms that stay say why in their record."""
         report = match_all(gm, FOLD_PATTERNS)
-        _refuse_training(report.refusals)
+        _refuse_training(gm, report)
+        _warn_of_rank(report, context)
         rewriter = GraphRewriter(gm, self.name)
         for match in report.matches:
             base, norm = match.ops
@@ -55,18 +57,35 @@ class FoldBatchNorm(Pass):
             )
             norm_name = refusal.bound[-1] if refusal.bound else refusal.anchor
             if norm_name in nodes:
-                before = nodes[norm_name].meta.get("fxquant")
+                before = record_of(nodes[norm_name])
                 add_reason(nodes[norm_name], f"not folded: {refusal.reason}")
-                rewriter.changes += nodes[norm_name].meta.get("fxquant") != before
+                rewriter.changes += record_of(nodes[norm_name]) != before
         return PassResult(changes=rewriter.finish(), refusals=tuple(refusals))
 
 
-def _refuse_training(refusals: object) -> None:
-    for refusal in refusals:  # type: ignore[attr-defined]  # a sequence of patterns.match.Refusal
-        if refusal.guard == "evaluation_mode":
+def _refuse_training(gm: QuantGraphModule, report: MatchReport) -> None:
+    """Stop at a batch-norm that trains for now; one that is written to train stays as it is."""
+    nodes = {node.name: node for node in gm.graph.nodes}
+    for refusal in report.refusals:
+        if refusal.guard != "evaluation_mode":
+            continue
+        if nodes[refusal.bound[-1]].op == "call_module" or gm.training:
             raise TrainingModeError(
-                f"Fusion only for eval! {refusal.reason}. Call model.eval() before prepare_fx, or"
-                " use quantization-aware training to keep training it"
+                f"Fusion only for eval! {refusal.reason}, or use quantization-aware training to"
+                " keep training it"
+            )
+
+
+def _warn_of_rank(report: MatchReport, context: PassContext) -> None:
+    """Say where the channels are taken for dimension 1 because no shape is known."""
+    for match in report.matches:
+        base, norm = match.ops
+        if base.name == "linear" and shape_of(base.node) is None:
+            context.diagnostics.warn(
+                f"{norm.node.name!r} is folded into {base.node.name!r} as if its input were (N, F);"
+                " on (N, L, F) it normalises L, and the result is wrong. Pass example_inputs, from"
+                " which the shape is known",
+                CaptureWarning,
             )
 
 
@@ -84,8 +103,8 @@ def fold(rewriter: GraphRewriter, base: Op, norm: Op) -> None:
     new_weight = weight.detach().to(torch.float64) * _spread(base, weight, factor)
     old_bias = torch.zeros_like(factor) if bias is None else bias.detach().to(torch.float64)
     new_bias = old_bias * factor + shift
-    _store(rewriter, base, "weight", new_weight.to(weight.dtype), weight)
-    _store(rewriter, base, "bias", new_bias.to(weight.dtype), weight)
+    store_parameter(rewriter, base, "weight", new_weight.to(weight.dtype), weight)
+    store_parameter(rewriter, base, "bias", new_bias.to(weight.dtype), weight)
     constants = [a for a in norm.node.all_input_nodes if a.op == "get_attr"]
     rewriter.absorb(base.node, norm.node)
     rewriter.erase_dead(constants)
@@ -115,35 +134,3 @@ def _spread(base: Op, weight: Tensor, factor: Tensor) -> Tensor:
     spread = per_group.expand(groups, weight.shape[0] // groups, -1)
     return spread.reshape(weight.shape[0], -1, *[1] * (weight.dim() - 2))
 
-
-def _store(
-    rewriter: GraphRewriter, op: Op, name: str, value: Tensor, like: Tensor
-) -> None:
-    requires_grad = isinstance(like, nn.Parameter) and like.requires_grad
-    parameter = nn.Parameter(value, requires_grad=requires_grad)
-    path = op.constant_path(name)
-    if path is not None:
-        rewriter.set_tensor(path, parameter)
-        return
-    if op.form is Form.MODULE:
-        rewriter.set_tensor(f"{op.node.target}.{name}", parameter)
-        return
-    weight_path = op.constant_path("weight")
-    assert weight_path is not None
-    holder = weight_path.rpartition(".")[0]
-    path = rewriter.fresh_path(f"{holder}.{name}" if holder else name)
-    rewriter.set_tensor(path, parameter)
-    attribute = rewriter.get_attr(path, before=op.node, like=op.node)
-    _set_argument(op, name, attribute)
-
-
-def _set_argument(op: Op, name: str, value: fx.Node) -> None:
-    names = [parameter for parameter, _ in op.kind.signature]
-    position = names.index(name)
-    node = op.node
-    if position < len(node.args):
-        args = list(node.args)
-        args[position] = value
-        node.args = tuple(args)
-    else:
-        node.kwargs = {**node.kwargs, name: value}

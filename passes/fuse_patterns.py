@@ -24,7 +24,8 @@ def same_qconfig(match: Match) -> Reason | None:
         return because("{node!r} stays in FP32 ({rule})", node=match.first.name, rule=first.rule)
     for node in match.nodes[1:]:
         record = record_of(node)
-        if record.qconfig != first.qconfig and not record.rule.startswith("global"):
+        own_rule = record.rule not in ("global", "no rule")
+        if record.qconfig != first.qconfig and own_rule:
             return because(
                 "{node!r} is governed by {rule}, {first!r} by {first_rule}",
                 node.name,

@@ -34,6 +34,8 @@ class InsertObservers(Pass):
 
     def run(self, gm: QuantGraphModule, context: PassContext) -> PassResult:
         """Insert after each observed value, in graph order."""
+        if gm.state.stage is Stage.PREPARED:
+            return PassResult(changes=0)
         rewriter = GraphRewriter(gm, self.name)
         requests = _requests(gm)
         number = 0
@@ -82,9 +84,7 @@ def _requests(gm: QuantGraphModule) -> dict[fx.Node, list[_Request]]:
         ends = record.fusion is None or record.fusion.last == node.name
         if ends and annotation.output is not None and not annotation.shares:
             requests.setdefault(node, []).append(
-                _Request(
-                    spec=annotation.output, qconfig=record.qconfig, readers=list(node.users)
-                )
+                _Request(spec=annotation.output, qconfig=record.qconfig, readers=list(node.users))
             )
     return requests
 

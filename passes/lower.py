@@ -11,7 +11,7 @@ from torch import fx
 from fxquant.engines import consume_deprecation_warning
 from fxquant.graph_module import QuantGraphModule, Stage
 from fxquant.lowering import Bound, IntValue, Lowering, Representation, Site
-from fxquant.metadata import add_reason, record_of
+from fxquant.metadata import add_reason, record_of, update_record
 from fxquant.op_view import op_of
 from fxquant.operators import DEQUANTIZE, QUANTIZE
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult, Refusal
@@ -32,9 +32,9 @@ class Lower(Pass):
         consume_deprecation_warning()
         rewriter = GraphRewriter(gm, self.name)
         nodes = list(gm.graph.nodes)
-        lowering = Lowering(rewriter, order={node: i for i, node in enumerate(nodes)})
-        refusals = []
         groups = _groups(nodes)
+        lowering = Lowering(rewriter, order=_order(nodes, groups))
+        refusals = []
         dead_before = {node for node in nodes if not node.users}
         for node in nodes:
             if node.target is QUANTIZE and node not in lowering.values:
@@ -70,6 +70,14 @@ def _groups(nodes: list[fx.Node]) -> dict[int, list[fx.Node]]:
         if fusion is not None:
             groups.setdefault(fusion.group, []).append(node)
     return groups
+
+
+def _order(nodes: list[fx.Node], groups: dict[int, list[fx.Node]]) -> dict[fx.Node, int]:
+    """When each node's kernel runs: members of a pattern all with the last of them."""
+    order = {node: position for position, node in enumerate(nodes)}
+    for members in groups.values():
+        order.update(dict.fromkeys(members, order[members[-1]]))
+    return order
 
 
 def _site_ending_at(
@@ -114,6 +122,7 @@ def _quantize_float(lowering: Lowering, node: fx.Node) -> None:
         like=node,
         kernel="aten::quantize_per_tensor",
     )
+    update_record(made, stands_for=node.name)
     lowering.values[node] = IntValue(
         node=made,
         representation=Representation.QUANTIZED,
@@ -145,4 +154,5 @@ def _deliver_floats(lowering: Lowering, nodes: list[fx.Node]) -> None:
                 kernel="aten::dequantize",
                 dtype=torch.float32,
             )
+            update_record(made, stands_for=node.name)
             lowering.rewriter.replace_uses(node, made)

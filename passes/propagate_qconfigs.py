@@ -54,9 +54,7 @@ class PropagateQConfigs(Pass):
         self._report_unmatched(matched, seen, context)
         return PassResult(changes=changes)
 
-    def _report_unmatched(
-        self, matched: set[Any], paths: set[str], context: PassContext
-    ) -> None:
+    def _report_unmatched(self, matched: set[Any], paths: set[str], context: PassContext) -> None:
         mapping = self.mapping
         problems = []
         for name in mapping.module_name_qconfigs:
@@ -64,6 +62,13 @@ class PropagateQConfigs(Pass):
                 problems.append(
                     f"module_name rule {name!r} matches no module of the model"
                     + did_you_mean(name, paths)
+                )
+            elif ("module_name", name) not in matched:
+                context.diagnostics.warn(
+                    f"module_name rule {name!r} governs no op: the model does not call that module,"
+                    " or only inside an island, or calls it under another of its names. Remove the"
+                    " rule, or name the module that is called",
+                    ConfigWarning,
                 )
         for pattern in mapping.module_name_regex_qconfigs:
             if ("module_name_regex", pattern) not in matched:

@@ -1,9 +1,11 @@
-"""remove-identities: ``Dropout(x) -> x`` in evaluation, ``Identity(x) -> x``, ``detach(x) -> x``."""
+"""remove-identities: ``Dropout(x) -> x`` in evaluation, ``Identity(x)`` and ``detach(x) -> x``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
+
+from torch import fx
 
 from fxquant.graph_module import QuantGraphModule
 from fxquant.op_view import op_of
@@ -15,7 +17,8 @@ from fxquant.rewriter import GraphRewriter
 class RemoveIdentities(Pass):
     """Take out ops that give their input unchanged.
 
-    Dropout goes only where it is in evaluation mode or has probability 0.
+    Dropout goes only where it is in evaluation mode or has probability 0; a module with forward
+    hooks stays, for their sake.
     """
 
     name: ClassVar[str] = "remove-identities"
@@ -31,7 +34,16 @@ class RemoveIdentities(Pass):
                 continue
             if op.name == "dropout" and op.arguments["training"] and op.arguments["p"] != 0:
                 continue
-            rewriter.replace_uses(node, op.activations[0])
-            rewriter.erase(node)
+            source = op.arguments["input"]  # a tuple of values goes through an Identity too
+            if not isinstance(source, fx.Node) or _has_hooks(gm, node):
+                continue
+            rewriter.absorb(source, node)  # whoever gives the value carries the op in reports
             gm.add_fate(node.name, f"removed: {op.name} does nothing in evaluation")
         return PassResult(changes=rewriter.finish())
+
+
+def _has_hooks(gm: QuantGraphModule, node: fx.Node) -> bool:
+    if node.op != "call_module":
+        return False
+    module = gm.get_submodule(str(node.target))
+    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -52,4 +52,3 @@ class ShareParameters(Pass):
                     update_record(node, share_group=number)
                     changes += 1
         return PassResult(changes=changes)
-

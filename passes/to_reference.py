@@ -17,6 +17,13 @@ from fxquant.errors import CalibrationWarning, NonFiniteStatisticError
 from fxquant.functional import FUNCTIONS, functional_call
 from fxquant.graph_module import QuantGraphModule, Stage
 from fxquant.metadata import add_reason, record_of
+from fxquant.observed import (
+    qparams_of,
+    spec_of_observer,
+    unite,
+    was_observed,
+    weight_qparams,
+)
 from fxquant.op_view import Form, Op, attribute, op_of
 from fxquant.operators import DEQUANTIZE, QUANTIZE
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
@@ -60,18 +67,6 @@ def is_observer(node: fx.Node) -> bool:
     return node.op == "call_module" and str(node.target).startswith(OBSERVER_PREFIX)
 
 
-def was_observed(observer: nn.Module) -> bool:
-    """Whether an observer, ours or torch.ao's, has seen data (or needs none)."""
-    known = getattr(observer, "was_observed", None)
-    if isinstance(known, bool):
-        return known
-    inner = getattr(observer, "activation_post_process", observer)
-    low = getattr(inner, "min_val", None)
-    if not isinstance(low, Tensor):
-        return True
-    return low.numel() > 0 and bool(torch.isfinite(low).all())
-
-
 def _warn_uncalibrated(
     gm: QuantGraphModule, observers: list[fx.Node], context: PassContext
 ) -> None:
@@ -94,29 +89,6 @@ def _warn_uncalibrated(
     )
 
 
-def _qparams_of(observer: nn.Module, spec: QuantSpec) -> QParams:
-    if not was_observed(observer):
-        return QParams(torch.ones(()), torch.zeros((), dtype=torch.int32), spec)
-    made = getattr(observer, "qparams", None)
-    if callable(made):
-        found = made()
-        assert isinstance(found, QParams)
-        return found
-    scale, zero_point = observer.calculate_qparams()  # type: ignore[operator]  # every observer has it
-    shape = (-1,) if spec.is_per_channel else ()
-    return QParams(
-        scale.detach().to(torch.float32).reshape(shape),
-        zero_point.detach().to(torch.int32).reshape(shape),
-        spec,
-    )
-
-
-def _spec(observer: nn.Module) -> QuantSpec:
-    factory = spec_of(lambda: observer)
-    assert factory is not None and factory.spec is not None
-    return factory.spec
-
-
 class _Parameters:
     """Scale and zero-point buffers per observer, and per sharing group."""
 
@@ -136,7 +108,7 @@ class _Parameters:
             return self.of_group(group)
         if node not in self.made:
             observer = self.rewriter.gm.get_submodule(str(node.target))
-            self.made[node] = self._store(node, _qparams_of(observer, _spec(observer)))
+            self.made[node] = self._store(node, qparams_of(observer, spec_of_observer(observer)))
         return self.made[node]
 
     def of_group(self, group: int) -> tuple[str, str, QuantSpec]:
@@ -158,28 +130,6 @@ class _Parameters:
         scale = self.rewriter.new_buffer(f"{source.name}_scale", qparams.scale.clone())
         zero = self.rewriter.new_buffer(f"{source.name}_zero_point", qparams.zero_point.clone())
         return scale, zero, qparams.spec
-
-
-def unite(observers: list[nn.Module]) -> QParams:
-    """Parameters for tensors that share them: of the union of the observers' statistics.
-
-    Observers of other libraries have no statistics to unite; then the ranges are united.
-    """
-    seen = [observer for observer in observers if was_observed(observer)] or observers
-    spec = _spec(seen[0])
-    merge = getattr(seen[0], "merge_from", None)
-    if len(seen) == 1:
-        return _qparams_of(seen[0], spec)
-    if callable(merge) and len({type(observer) for observer in seen}) == 1:
-        union = copy.deepcopy(seen[0])
-        union.merge_from(seen[1:])  # type: ignore[operator]  # checked above
-        return _qparams_of(union, spec)
-    lows, highs = [], []
-    for observer in seen:
-        q = _qparams_of(observer, _spec(observer))
-        lows.append((q.spec.quant_min - q.zero_point).to(torch.float32) * q.scale)
-        highs.append((q.spec.quant_max - q.zero_point).to(torch.float32) * q.scale)
-    return choose_qparams(torch.stack(lows).amin(0), torch.stack(highs).amax(0), spec)
 
 
 def _insert_pair(
@@ -307,31 +257,3 @@ class _Weights:
             add_reason(node, "shares its quantized weight with another call")
         return self.made[key]
 
-
-def weight_qparams(weight: Tensor, spec: QuantSpec, qconfig: QConfig, name: str) -> QParams:
-    """Parameters of a weight, from the qconfig's weight observer run on its final values.
-
-    Args:
-        weight: after folding.
-        spec: what the op table made of the observer's wish.
-        qconfig: whose ``weight`` makes the observer.
-        name: the node, for messages.
-
-    Raises:
-        NonFiniteStatisticError: the weight holds NaN or Inf.
-    """
-    if not bool(torch.isfinite(weight).all()):
-        raise NonFiniteStatisticError(
-            f"the weight of {name!r} holds NaN or Inf; it cannot be quantized. Check the"
-            " checkpoint, and the running variance of a batch-norm folded into it"
-        )
-    observer: Any = qconfig.weight()
-    if _spec(observer) == spec:
-        observer(weight)
-        return _qparams_of(observer, spec)
-    if spec.ch_axis is None:
-        low, high = weight.amin(), weight.amax()
-    else:
-        rows = weight.movedim(spec.ch_axis, 0).flatten(1)
-        low, high = rows.amin(1), rows.amax(1)
-    return choose_qparams(low, high, spec)

@@ -20,23 +20,25 @@ from fxquant.patterns.guards import (
 )
 from fxquant.patterns.pattern import Guard, Pattern, chain, step
 
-_SOURCE = "Jacob et al. 2018 (arXiv:1712.05877), section 3.2 and figure C.5"
+_SOURCE = "Jacob et al. 2018 (arXiv:1712.05877), section 3.2 (batch normalization folding)"
 _KINDS = tuple(f"conv{d}d" for d in (1, 2, 3)) + tuple(f"conv_transpose{d}d" for d in (1, 2, 3))
 
 
-def _batch_norm_after(bind: str, kind: str, *guards: Guard) -> Pattern:
+def _batch_norm_after(bind: str, kind: str, owner: Guard, mode: Guard) -> Pattern:
+    """The mode is asked last: what it refuses would fold in the other mode."""
     return Pattern(
         f"{kind}-bn",
         chain(step(bind, kind), step("bn", "batch_norm")),
         guards=(
             single_user,
-            *guards,
+            owner,
             constant_weight,
             has_running_statistics,
             channel_match(bind, "bn"),
             same_dtype,
             no_hooks,
             no_mutation_between,
+            mode,
         ),
         source=_SOURCE,
     )

@@ -201,23 +201,19 @@ class _Matcher:
     def claim(
         self, candidates: list[Match], misses: dict[fx.Node, Refusal]
     ) -> dict[fx.Node, Match]:
-        """Give every node to one match at most."""
+        """Give every node to one match at most; what lies inside a longer match is no loss."""
 
         def preference(match: Match) -> tuple[int, int, int]:
             first = self.facts.position[match.first]
             return -len(match.ops), self.rank[match.pattern.name], -first
 
         claims: dict[fx.Node, Match] = {}
-        anchors: set[fx.Node] = set()
         for match in sorted(candidates, key=preference):
-            if match.first in anchors:
-                continue
             taken = [node for node in match.nodes if node in claims]
-            if taken:
+            if not taken:
+                claims.update(dict.fromkeys(match.nodes, match))
+            elif any(claims.get(node) is not claims[taken[0]] for node in match.nodes):
                 _keep_nearest(misses, match.first, _claimed(match, taken, claims))
-                continue
-            anchors.add(match.first)
-            claims.update(dict.fromkeys(match.nodes, match))
         return claims
 
     def report(self, claims: dict[fx.Node, Match], misses: dict[fx.Node, Refusal]) -> MatchReport:

@@ -8,7 +8,8 @@ import torch
 from torch import fx
 
 from fxquant.metadata import TensorRecord, record_of, shape_of
-from fxquant.op_view import Form, Op
+from fxquant.op_view import Form, Op, attribute
+from fxquant.operators import DEQUANTIZE
 
 _HYPERPARAMETERS = ("stride", "padding", "output_padding", "dilation", "groups")
 
@@ -42,8 +43,7 @@ def resolve_padding(op: Op) -> Any:
         return 0
     if padding != "same":
         return padding
-    weight = op.constant("weight")
-    spatial = () if weight is None else tuple(weight.shape[2:])
+    spatial = _weight_shape(op)[2:]
     dilation = op.arguments.get("dilation", 1)
     dilations = dilation if isinstance(dilation, (tuple, list)) else (dilation,) * len(spatial)
     total = [d * (k - 1) for d, k in zip(dilations, spatial, strict=True)]
@@ -53,6 +53,15 @@ def resolve_padding(op: Op) -> Any:
             " int8 kernel cannot; pad explicitly before the convolution"
         )
     return [t // 2 for t in total]
+
+
+def _weight_shape(op: Op) -> tuple[int, ...]:
+    """Shape of the weight, in a float graph and in a reference graph."""
+    weight, node = op.constant("weight"), op.arguments.get("weight")
+    if isinstance(node, fx.Node) and node.target is DEQUANTIZE:
+        weight = attribute(op.owner, str(node.all_input_nodes[0].target))
+    assert isinstance(weight, torch.Tensor)
+    return tuple(weight.shape)
 
 
 def zero_padding_mode(op: Op) -> str | None:
@@ -90,8 +99,9 @@ def tensor_operands(op: Op) -> str | None:
 
 def no_indices(op: Op) -> str | None:
     """Pooling that also returns indices has no int8 kernel."""
-    if op.arguments.get("return_indices", False):
-        return "return_indices=True: the int8 kernel gives values only"
+    function = getattr(op.node.target, "__name__", "")
+    if op.arguments.get("return_indices", False) or function.endswith("_with_indices"):
+        return "it returns indices too; the int8 kernel gives values only"
     return None
 
 

@@ -14,9 +14,9 @@ from torch import fx
 
 from fxquant.clamps import CLAMP_KINDS, bounds_of
 from fxquant.kernel_probe import exact_engine
-from fxquant.kernels import channels_last_bytes
+from fxquant.kernels import accumulator
 from fxquant.lowering import Bound, IntValue, Lowering, Representation, Site, Weight
-from fxquant.metadata import add_reason
+from fxquant.metadata import add_reason, shape_of
 from fxquant.op_view import Op
 from fxquant.targets.guards import resolve_padding
 
@@ -167,7 +167,7 @@ def _emit_residual(site: Site, x: IntValue, weight: Weight, add: Op) -> str | No
         (weight.integers, weight.scale, stride, padding, dilation, groups),
         at=site.last,
     )
-    accumulator = _accumulator(site, x, other)
+    target = _accumulator(site, x, other)
     relu = any(epilogue.name == "relu" for epilogue in site.epilogues)
     node = lowering.emit(
         site,
@@ -179,7 +179,7 @@ def _emit_residual(site: Site, x: IntValue, weight: Weight, add: Op) -> str | No
             packed,
             weight.scale,
             weight.zero_point,
-            accumulator,
+            target,
             op.arguments.get("bias"),
             stride,
             padding,
@@ -212,7 +212,11 @@ def _accumulator(site: Site, x: IntValue, other: IntValue) -> fx.Node:
     position, reader = lowering.last_reader(other)
     needed = position > lowering.order[site.last] or other.root is x.root
     source = lowering.call(
-        channels_last_bytes, (source,), at=site.last, like=source, dtype=torch.uint8
+        accumulator,
+        (source, lowering.held_as(x, _BYTES, at=site.last)),
+        at=site.last,
+        like=source,
+        dtype=torch.uint8,
     )
     if needed:
         why = "the convolution reads it too" if other.root is x.root else f"{reader!r} reads it later"
@@ -233,7 +237,9 @@ def emit_linear(site: Site) -> str | None:
     x = inputs[0]
     post = _post_op(site.epilogues, _LINEAR_POST_OPS)
     clamp = _clamp_epilogue(site.epilogues)
-    if site.quantize is not None and (clamp is not None or not site.epilogues):
+    shape = shape_of(site.op.node)
+    vector = shape is not None and len(shape) < 2  # quantized::linear takes no vectors
+    if site.quantize is not None and (clamp is not None or not site.epilogues) and not vector:
         return _emit_packed_linear(site, x, weight, clamp)
     if post is not None:
         return _emit_pointwise_linear(site, x, weight, post)
@@ -448,10 +454,7 @@ def emit_batch_norm(site: Site) -> str | None:
     lowering, op = site.lowering, site.op
     clamp = _clamp_epilogue(site.epilogues)
     relu = clamp is not None and bounds_of(clamp)[0] == 0.0
-    shape = site.op.node.meta  # value records may be absent; the rank decides the operator
-    dimensions = _spatial_dimensions(op)
-    del shape
-    name = f"batch_norm{dimensions}d{'_relu' if relu else ''}"
+    name = f"batch_norm{_spatial_dimensions(op)}d{'_relu' if relu else ''}"
     constants = [_constant_node(lowering, op, c, at=site.last) for c in
                  ("weight", "bias", "running_mean", "running_var")]
     node = lowering.emit(
@@ -470,8 +473,7 @@ def emit_batch_norm(site: Site) -> str | None:
 
 
 def _spatial_dimensions(op: Op) -> int:
-    from fxquant.metadata import shape_of
-
+    """The rank decides the operator; without value records the module's class tells it."""
     shape = shape_of(op.node)
     if shape is not None:
         return len(shape) - 2
@@ -606,8 +608,13 @@ def emit_clamp(site: Site) -> str | None:
 
 
 def view_of(x: torch.Tensor, shape: Any) -> torch.Tensor:
-    """``x.reshape(shape)`` as a function, for shapes that the graph computes."""
-    return x.reshape(shape)
+    """``x.reshape(shape)`` as a function; ``x.view(y.shape)`` arrives as ``(y.shape,)``."""
+    return x.reshape(*shape)
+
+
+def permuted(x: torch.Tensor, dims: Any) -> torch.Tensor:
+    """``x.permute(dims)`` as a function."""
+    return x.permute(*dims)
 
 
 def emit_interpolate(site: Site) -> str | None:
@@ -626,7 +633,9 @@ def emit_interpolate(site: Site) -> str | None:
 
 
 _MAX_POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
-_AVG_POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
+_AVG_POOL = (
+    *("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
+)
 
 
 def _pool_with_stride(function: Callable[..., Any], *names: str) -> Emitter:
@@ -690,14 +699,14 @@ EMITTERS: dict[str, Emitter] = {
     "flatten": _moved(torch.flatten, "start_dim", "end_dim", held=_BYTES, view=True),
     "reshape": _moved(view_of, "shape", held=_BYTES, view=True),
     "view": _moved(view_of, "shape", held=_BYTES, view=True),
-    "permute": _moved(torch.permute, "dims", view=True),
+    "permute": _moved(permuted, "dims", view=True),
     "transpose": _moved(torch.transpose, "dim0", "dim1", view=True),
     "squeeze": _moved(squeeze, "dim", view=True),
     "unsqueeze": _moved(torch.unsqueeze, "dim", view=True),
     "slice": _moved(item, "index", held=_BYTES, view=True),
     "contiguous": _moved(contiguous, "memory_format", held=_BYTES, view=True),
-    "pixel_shuffle": _moved(F.pixel_shuffle, "upscale_factor", held=_BYTES),
-    "pixel_unshuffle": _moved(F.pixel_unshuffle, "downscale_factor", held=_BYTES),
-    "channel_shuffle": _moved(F.channel_shuffle, "groups", held=_BYTES),
+    "pixel_shuffle": _moved(F.pixel_shuffle, "upscale_factor", held=_BYTES, view=True),
+    "pixel_unshuffle": _moved(F.pixel_unshuffle, "downscale_factor", held=_BYTES, view=True),
+    "channel_shuffle": _moved(F.channel_shuffle, "groups", held=_BYTES, view=True),
 }
 """Kind -> emitter."""

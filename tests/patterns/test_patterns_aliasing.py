@@ -138,6 +138,14 @@ def test_a_writer_is_found_between_two_nodes_only() -> None:
     assert between("b", "b", "c") is None, "b is other memory"
 
 
+def test_a_writer_is_found_behind_writers_that_are_ignored() -> None:
+    gm = chain_graph("a=relu(x)", "u=relu_(a)", "v=sigmoid_(u)", "w=tanh_(v)", "b=tanh(w)")
+    nodes, aliasing = named(gm), aliasing_of(gm)
+    ends = nodes["a"], nodes["a"], nodes["b"]
+    assert aliasing.writer_between(*ends, [nodes["u"], nodes["v"]]) is nodes["w"]
+    assert aliasing.writer_between(*ends, [nodes["u"], nodes["v"], nodes["w"]]) is None
+
+
 def test_a_later_reader_counts_only_through_names_from_before_the_write() -> None:
     gm = chain_graph("a=relu(x)", "w=relu_(a)", "b=tanh(w)")
     nodes = named(gm)

@@ -658,3 +658,18 @@ def test_whether_it_trains_must_be_a_constant() -> None:
     assert refusal.reason == (
         "whether 'batch_norm' trains is computed in the graph by 'flag'; pass a constant"
     )
+
+
+def test_the_mode_is_refused_only_where_all_else_would_fold(trace: Trace) -> None:
+    """So that a pass may raise for it: ``model.eval()`` is all that is missing."""
+    assert all(pattern.guards[-1].name == "evaluation_mode" for pattern in FOLD_PATTERNS)
+    guards = {
+        model.__name__: match_all(trace(model(), training=True), FOLD_PATTERNS).refusals[0].guard
+        for model in (Plain, AlsoAdded, CalledTwice, NoStatistics)
+    }
+    assert guards == {
+        "Plain": "evaluation_mode",
+        "AlsoAdded": "single_user",
+        "CalledTwice": "sole_owner_of_parameter",
+        "NoStatistics": "has_running_statistics",
+    }

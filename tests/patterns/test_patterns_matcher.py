@@ -333,6 +333,53 @@ def test_a_longer_chain_that_a_guard_refused_is_told_beside_the_match(trace: Tra
     assert report.nearest_miss("relu") is miss
 
 
+def branches(x: Tensor) -> Tensor:
+    y = torch.relu(x)
+    return torch.sigmoid(y) + torch.tanh(y)
+
+
+def test_a_second_branch_from_one_anchor_is_refused(trace: Trace) -> None:
+    """Without the single-user guard both would match, and they have the anchor in common."""
+    patterns = [
+        Pattern(f"to-{k}", links("relu", k).steps, (), "a test") for k in ("sigmoid", "tanh")
+    ]
+    report = match_all(trace(Function(branches)), patterns)
+    assert described(report) == ["to-sigmoid(relu, sigmoid)"]
+    (miss,) = report.refusals
+    assert (miss.pattern.name, miss.guard, miss.culprits) == ("to-tanh", "claimed", ("relu",))
+
+
+def test_a_longer_structure_that_does_not_fit_is_not_told_beside_a_match(trace: Trace) -> None:
+    fitting = Pattern("fits", links("relu", "sigmoid").steps, (), "a test")
+    report = match_all(trace(Function(branches)), [links("relu", "tanh", "silu"), fitting])
+    assert described(report) == ["fits(relu, sigmoid)"]
+    assert report.refusals == ()
+
+
+def test_what_another_match_took_is_nearer_than_a_longer_chain_a_guard_refused(
+    trace: Trace,
+) -> None:
+    @guard
+    def never(match: Match) -> Reason | None:
+        return because("no")
+
+    long = Pattern("long", links("relu", "sigmoid", "tanh").steps, (never,), "a test")
+    patterns = [links("sigmoid", "tanh"), long, links("relu", "sigmoid")]
+    miss = match_all(trace(Function(relu_sigmoid_tanh)), patterns).nearest_miss("relu")
+    assert miss is not None
+    assert (miss.pattern.name, miss.guard) == ("relu-sigmoid", "claimed")
+
+
+def test_a_chain_between_two_matches_is_refused(trace: Trace) -> None:
+    """All its nodes are taken, by two."""
+    gm = trace(Function(lambda x: torch.abs(F.silu(relu_sigmoid_tanh(x)))))
+    patterns = [links("relu", "sigmoid"), links("tanh", "silu"), links("sigmoid", "tanh")]
+    report = match_all(gm, patterns)
+    assert len(report.matches) == 2
+    (miss,) = report.refusals
+    assert miss.culprits == ("sigmoid", "tanh")
+
+
 # -- determinism and work -------------------------------------------------------------------------
 
 

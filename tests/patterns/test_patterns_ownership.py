@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxquant.patterns.ownership import ParameterOwners
 
@@ -105,6 +106,36 @@ def test_slices_of_one_buffer_that_do_not_overlap_are_not_tied() -> None:
     found, _ = owners(root(a=one, b=two), "a", "b")
     assert readers(found, one.weight) == [("a", "a.weight")]
     assert readers(found, two.weight) == [("b", "b.weight")]
+
+
+def test_a_tensor_that_holds_several_others_has_all_their_readers() -> None:
+    whole = torch.zeros(8)
+    modules = {}
+    for name, data in {"whole": whole, "head": whole[:2], "tail": whole[6:]}.items():
+        modules[name] = nn.Module()
+        modules[name].weight = nn.Parameter(data)
+    found, _ = owners(root(**modules), "whole", "head", "tail")
+    assert [node for node, _ in readers(found, whole)] == ["head", "tail", "whole"]
+
+
+def test_buffers_are_tied_like_parameters() -> None:
+    one, two = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    two.running_mean = one.running_mean
+    found, _ = owners(root(a=one, b=two), "a", "b")
+    assert one.running_mean is not None
+    assert one.running_var is not None
+    assert readers(found, one.running_mean) == [("a", "a.running_mean"), ("b", "b.running_mean")]
+    assert readers(found, one.running_var) == [("a", "a.running_var")]
+
+
+def test_fake_tensors_are_told_apart_by_storage() -> None:
+    with FakeTensorMode():
+        one, two = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)
+    two.bias = one.bias
+    found, _ = owners(root(a=one, b=two), "a", "b")
+    assert one.bias is not None
+    assert readers(found, one.weight) == [("a", "a.weight")]
+    assert readers(found, one.bias) == [("a", "a.bias"), ("b", "b.bias")]
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -1,0 +1,57 @@
+"""The mean of every channel of an activation: what correcting a bias needs to know."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+class ChannelMean(nn.Module):
+    """Gives its input back and adds up its channels, in float64, in constant memory.
+
+    Buffers: ``total`` (float64, ``[C]``, empty before the first input) and ``count`` (int64): the
+    mean is ``total / count``.
+
+    Args:
+        axis: the channel axis: 1 for convolutions, -1 for linear.
+    """
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.axis = axis
+        self.register_buffer("total", torch.zeros(0, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add ``x`` to the sums."""
+        if isinstance(x, FakeTensor) or x.is_meta or x.numel() == 0:
+            return x
+        values = x.detach()
+        axis = self.axis % values.dim()
+        others = [d for d in range(values.dim()) if d != axis]
+        # float64, so that the number of threads does not show in the result
+        total = values.sum(others, dtype=torch.float64) if others else values.to(torch.float64)
+        if self.total.numel() == 0:
+            self.total = torch.zeros_like(total, dtype=torch.float64)
+        self.total += total
+        self.count += values.numel() // values.shape[axis]
+        return x
+
+    @property
+    def mean(self) -> Tensor | None:
+        """Float64 ``[C]``, or ``None`` before the first input."""
+        return self.total / self.count if int(self.count) else None
+
+    def extra_repr(self) -> str:
+        """The axis."""
+        return f"axis={self.axis}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
+        stored = state_dict.get(f"{prefix}total")
+        if stored is not None and stored.shape != self.total.shape:
+            self.total = torch.zeros_like(stored)
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[arg-type]  # nn.Module's signature is longer

@@ -1,0 +1,101 @@
+"""From observers to scales and zero points: ours and torch.ao's, alone and united."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.errors import NonFiniteStatisticError
+from fxquant.qconfig import QConfig, spec_of
+from fxquant.specs import QParams, QuantSpec, choose_qparams
+
+
+def was_observed(observer: nn.Module) -> bool:
+    """Whether an observer, ours or torch.ao's, has seen data (or needs none)."""
+    known = getattr(observer, "was_observed", None)
+    if isinstance(known, bool):
+        return known
+    inner = getattr(observer, "activation_post_process", observer)
+    low = getattr(inner, "min_val", None)
+    if not isinstance(low, Tensor):
+        return True
+    return low.numel() > 0 and bool(torch.isfinite(low).all())
+
+
+def qparams_of(observer: nn.Module, spec: QuantSpec) -> QParams:
+    """Scale and zero point that an observer, ours or torch.ao's, gives; 1 and 0 if it saw nothing."""
+    if not was_observed(observer):
+        return QParams(torch.ones(()), torch.zeros((), dtype=torch.int32), spec)
+    made = getattr(observer, "qparams", None)
+    if callable(made):
+        found = made()
+        assert isinstance(found, QParams)
+        return found
+    scale, zero_point = observer.calculate_qparams()  # type: ignore[operator]  # every observer has it
+    shape = (-1,) if spec.is_per_channel else ()
+    return QParams(
+        scale.detach().to(torch.float32).reshape(shape),
+        zero_point.detach().to(torch.int32).reshape(shape),
+        spec,
+    )
+
+
+def spec_of_observer(observer: nn.Module) -> QuantSpec:
+    """What an observer wants, read by duck typing."""
+    factory = spec_of(lambda: observer)
+    assert factory is not None and factory.spec is not None
+    return factory.spec
+
+
+def unite(observers: list[nn.Module]) -> QParams:
+    """Parameters for tensors that share them: of the union of the observers' statistics.
+
+    Observers of other libraries have no statistics to unite; then the ranges are united.
+    """
+    seen = [observer for observer in observers if was_observed(observer)] or observers
+    spec = spec_of_observer(seen[0])
+    merge = getattr(seen[0], "merge_from", None)
+    if len(seen) == 1:
+        return qparams_of(seen[0], spec)
+    if callable(merge) and len({type(observer) for observer in seen}) == 1:
+        union = copy.deepcopy(seen[0])
+        union.merge_from(seen[1:])  # type: ignore[operator]  # checked above
+        return qparams_of(union, spec)
+    lows, highs = [], []
+    for observer in seen:
+        q = qparams_of(observer, spec_of_observer(observer))
+        lows.append((q.spec.quant_min - q.zero_point).to(torch.float32) * q.scale)
+        highs.append((q.spec.quant_max - q.zero_point).to(torch.float32) * q.scale)
+    return choose_qparams(torch.stack(lows).amin(0), torch.stack(highs).amax(0), spec)
+
+
+def weight_qparams(weight: Tensor, spec: QuantSpec, qconfig: QConfig, name: str) -> QParams:
+    """Parameters of a weight, from the qconfig's weight observer run on its final values.
+
+    Args:
+        weight: after folding.
+        spec: what the op table made of the observer's wish.
+        qconfig: whose ``weight`` makes the observer.
+        name: the node, for messages.
+
+    Raises:
+        NonFiniteStatisticError: the weight holds NaN or Inf.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise NonFiniteStatisticError(
+            f"the weight of {name!r} holds NaN or Inf; it cannot be quantized. Check the"
+            " checkpoint, and the running variance of a batch-norm folded into it"
+        )
+    observer: Any = qconfig.weight()
+    if spec_of_observer(observer) == spec:
+        observer(weight)
+        return qparams_of(observer, spec)
+    if spec.ch_axis is None:
+        low, high = weight.amin(), weight.amax()
+    else:
+        rows = weight.movedim(spec.ch_axis, 0).flatten(1)
+        low, high = rows.amin(1), rows.amax(1)
+    return choose_qparams(low, high, spec)

@@ -1,0 +1,470 @@
+"""parity: every int8 kernel against the definition of its op, fed the same integers.
+
+The lowered graph runs once, and each kernel's inputs and output are kept. For every result, the
+region of the reference graph that it stands for (``dequantize - op - epilogues - quantize``) is
+then evaluated *in float64 on the integers that the kernel was given*, so differences do not
+accumulate and each belongs to one kernel::
+
+    v = f(dequantize(q1), dequantize(q2), ...) / scale + zero_point        the definition, float64
+    expected = clamp(round_half_even(v), quant_min, quant_max)
+
+PyTorch's kernels sum integers exactly and then requantize in float32: one rounding each for
+``s_x * s_w``, the product with the sum, the float bias, ``1 / s_y`` and the zero point. They can
+differ from ``expected`` only where ``v`` is so close to a rounding boundary that these roundings
+decide (:data:`ROUNDINGS`), or where it is exactly halfway and a kernel breaks the tie another way
+(``aten::avg_pool2d`` rounds before it adds the zero point on channels_last inputs). Such elements
+are counted as *ties*: both integers are half a step from the truth. Everything else is an error.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, fx, nn
+
+from fxquant.errors import ConfigError
+from fxquant.graph_module import QuantGraphModule, Stage
+from fxquant.metadata import record_of
+from fxquant.op_view import Op, attribute, op_of
+from fxquant.operators import DEQUANTIZE, QUANTIZE
+from fxquant.passes.lower import Lower
+from fxquant.passes.prepack import Prepack
+from fxquant.quantize_fx import convert_to_reference_fx
+from fxquant.shapes import as_arguments
+from fxquant.specs import QParams, QuantSpec, quantize
+
+ROUNDINGS: Final[int] = 16
+"""Float32 roundings between the exact sum and the integer, each of half an ulp of the largest term.
+
+A convolution with a residual has eight (the sum, ``s_x * s_w``, their product, the bias, two for
+the residual, ``1 / s_y``, the zero point); some of their operands are rounded themselves.
+"""
+
+APPROXIMATION: Final[Mapping[str, float]] = {
+    "sigmoid": 2**-20,
+    "tanh": 2**-20,
+    "silu": 2**-20,
+    "gelu": 2**-19,
+}
+"""Kind -> how far oneDNN's approximation of the function is off, relative to its argument."""
+
+_UNIT: Final[float] = 2.0**-24
+_MADE_HERE: Final = (Lower.name, Prepack.name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParityRow:
+    """One kernel against the definition.
+
+    Attributes:
+        name: the last op that the kernel carries out.
+        kind: the kinds of all of them, such as ``conv2d+relu``.
+        kernel: what ran.
+        elements: how many were compared.
+        off_by_one: how many integers differ by one.
+        ties: how many of these are halfway, or within float32 rounding of it.
+        more: how many differ by more than one.
+        max_lsb: the largest difference. For a kernel that writes floats: in units of its rounding
+            error bound.
+        floating: the kernel writes floats; then ``more`` counts elements beyond the error bound.
+    """
+
+    name: str
+    kind: str
+    kernel: str
+    elements: int
+    off_by_one: int
+    ties: int
+    more: int
+    max_lsb: float
+    floating: bool = False
+
+    @property
+    def fraction(self) -> float:
+        """The part of the elements that differ."""
+        return (self.off_by_one + self.more) / max(self.elements, 1)
+
+    @property
+    def unexplained(self) -> int:
+        """How many elements differ and are no ties."""
+        return self.off_by_one - self.ties + self.more
+
+    @property
+    def ok(self) -> bool:
+        """Whether every difference is a tie."""
+        return self.unexplained == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParityReport:
+    """All kernels of a model against their definitions; ``print`` shows a table.
+
+    Attributes:
+        rows: one per kernel, in the order in which they ran.
+    """
+
+    rows: tuple[ParityRow, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every row is."""
+        return all(row.ok for row in self.rows)
+
+    @property
+    def failures(self) -> tuple[ParityRow, ...]:
+        """The rows that are not."""
+        return tuple(row for row in self.rows if not row.ok)
+
+    def __str__(self) -> str:
+        table = [
+            (
+                row.name,
+                row.kind,
+                row.kernel,
+                row.elements,
+                row.off_by_one,
+                row.ties,
+                row.more,
+                f"{row.max_lsb:.3g}" + (" of bound" if row.floating else ""),
+                f"{100 * row.fraction:.3f} %",
+                "ok" if row.ok else "WRONG",
+            )
+            for row in self.rows
+        ]
+        headers = (
+            "op", "kind", "kernel", "elements", "off by 1", "of them ties", "more", "max LSB",
+            "differ", "",
+        )  # fmt: skip
+        return tabulate(table, headers=headers, disable_numparse=True)
+
+
+def parity(
+    prepared_or_reference: QuantGraphModule, int8_model: QuantGraphModule, inputs: Any
+) -> ParityReport:
+    """Compare every kernel of ``int8_model`` with the definition of its op.
+
+    Args:
+        prepared_or_reference: the prepared model that ``int8_model`` was converted from, or the
+            result of :func:`fxquant.convert_to_reference_fx` on it.
+        int8_model: the result of :func:`fxquant.convert_fx`.
+        inputs: as ``example_inputs`` of :func:`fxquant.prepare_fx`.
+
+    Returns:
+        One row per kernel, in the order in which they ran.
+
+    Raises:
+        ConfigError: the two models are not what they should be, or do not belong together.
+    """
+    reference = _reference(prepared_or_reference)
+    _check_lowered(reference, int8_model)
+    nodes = {node.name: node for node in reference.graph.nodes}
+    args, kwargs = as_arguments(inputs)
+    names = int8_model.state.signature[len(args) :]
+    recorder = _Recorder(int8_model, nodes)
+    with torch.no_grad():
+        recorder.run(*args, *(kwargs[name] for name in names if name in kwargs))
+        rows = [
+            _compare(reference, nodes[name], lowered, recorder.values)
+            for name, lowered in recorder.kernels.items()
+        ]
+    return ParityReport(rows=tuple(rows))
+
+
+def _reference(model: QuantGraphModule) -> QuantGraphModule:
+    stage = model.state.stage if isinstance(model, QuantGraphModule) else None
+    if stage is Stage.PREPARED:
+        return convert_to_reference_fx(model)
+    if stage is Stage.REFERENCE:
+        return model
+    raise ConfigError(
+        "parity() takes a prepared or a reference model first, got"
+        f" {type(model).__name__ if stage is None else f'a model that is {stage.value}'}"
+    )
+
+
+def _check_lowered(reference: QuantGraphModule, lowered: QuantGraphModule) -> None:
+    if not isinstance(lowered, QuantGraphModule) or lowered.state.stage is not Stage.LOWERED:
+        raise ConfigError(
+            f"parity() takes the result of convert_fx second, got {type(lowered).__name__}"
+        )
+    names = {node.name for node in reference.graph.nodes}
+    strangers = [
+        record_of(node).stands_for
+        for node in lowered.graph.nodes
+        if record_of(node).stands_for not in ("", *names)
+    ]
+    theirs = dict(reference.named_buffers())
+    different = [
+        name
+        for name, value in lowered.named_buffers()
+        if name in theirs and not torch.equal(value, theirs[name])
+    ]
+    if strangers or different:
+        shown = ", ".join(repr(name) for name in (*strangers, *different)[:4])
+        raise ConfigError(
+            "the two models do not belong together: they differ in"
+            f" {len(strangers) + len(different)} op(s) or buffer(s) ({shown}). Convert both from"
+            " the same prepared model, without calibrating in between"
+        )
+
+
+class _Recorder(fx.Interpreter):
+    """Runs the lowered graph and keeps what each reference node's value was there.
+
+    Attributes:
+        values: reference node name -> integers, float tensor or plain value.
+        kernels: reference node name -> the lowered node that stands for it.
+    """
+
+    def __init__(self, lowered: QuantGraphModule, reference: Mapping[str, fx.Node]) -> None:
+        super().__init__(lowered)
+        self.reference = reference
+        self.values: dict[str, Any] = {}
+        self.kernels: dict[str, fx.Node] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        name = record_of(n).stands_for
+        if name:
+            self.kernels[name] = n
+        elif n.name in self.reference and record_of(n).made_by not in _MADE_HERE:
+            name = n.name  # an op that stayed in floating point, or an input
+        if name:
+            self.values[name] = _detached(value)
+        return value
+
+
+def _detached(value: Any) -> Any:
+    """A copy of a tensor, as integers where it is quantized: kernels overwrite their inputs."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.int_repr() if value.is_quantized else value.clone()
+
+
+class _Region:
+    """Evaluates reference nodes in float64, back to what the lowered graph has in their place.
+
+    Attributes:
+        ops: the ops evaluated, in order, with their float64 results.
+        addends: largest magnitudes of terms that enter a sum beside the op's own result.
+    """
+
+    def __init__(self, gm: QuantGraphModule, values: Mapping[str, Any], last: fx.Node) -> None:
+        self.gm = gm
+        self.values = values
+        self.last = last
+        self.ops: list[tuple[Op, Tensor]] = []
+        self.addends = 0.0
+        self._known: dict[fx.Node, Any] = {}
+
+    def value(self, node: fx.Node) -> Any:
+        """The float64 value of ``node``."""
+        if node not in self._known:
+            self._known[node] = _wide(self._evaluate(node))
+        return self._known[node]
+
+    def _evaluate(self, node: fx.Node) -> Any:
+        if node.target is DEQUANTIZE:
+            return self._dequantize(node)
+        if node.name in self.values and node is not self.last:
+            return self.values[node.name]
+        if node.op == "get_attr":
+            return attribute(self.gm, str(node.target))
+        args = fx.map_arg(node.args, self.value)
+        kwargs = fx.map_arg(node.kwargs, self.value)
+        if node.op == "call_module":
+            module = copy.deepcopy(self.gm.get_submodule(str(node.target)))
+            result = module.to(torch.float64)(*args, **kwargs)
+        elif node.op == "call_method":
+            result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        else:
+            assert callable(node.target)
+            result = node.target(*args, **kwargs)
+        op = op_of(self.gm, node)
+        if op is not None and isinstance(result, Tensor):
+            self.ops.append((op, result))
+            self._add_terms(op)
+        return result
+
+    def _dequantize(self, node: fx.Node) -> Tensor:
+        source, scale_node, zero_node, *axis = node.args
+        assert isinstance(source, fx.Node)
+        integers = (
+            attribute(self.gm, str(source.target))
+            if source.op == "get_attr"
+            else self.values[source.name]
+        )
+        scale, zero_point = (_constant(self.gm, a) for a in (scale_node, zero_node))
+        if axis and axis[0] is not None:
+            shape = [1] * integers.dim()
+            shape[int(axis[0])] = -1
+            scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
+        return (integers.to(torch.float64) - zero_point.to(torch.float64)) * scale.to(torch.float64)
+
+    def _add_terms(self, op: Op) -> None:
+        """Note what is added to the sum in float32, whose rounding the result inherits."""
+        if op.name == "add":
+            for argument in op.activations:
+                self.addends += self._reach(argument)
+        elif op.name == "batch_norm":
+            mean, var, weight, bias = (
+                _wide(op.constant(n)) for n in ("running_mean", "running_var", "weight", "bias")
+            )
+            factor = weight / (var + float(op.arguments["eps"])).sqrt()
+            reach = self._reach(op.activations[0])
+            self.addends += float((bias.abs() + (mean * factor).abs()).max())
+            self.addends += float(factor.abs().max()) * reach
+        else:
+            bias = op.arguments.get("bias")
+            if isinstance(bias, fx.Node):
+                self.addends += float(self.value(bias).abs().max())
+
+    def _reach(self, node: fx.Node) -> float:
+        """The largest magnitude while dequantizing ``node``: ``q * s`` and ``z * s`` meet there."""
+        value = self.value(node)
+        if not isinstance(value, Tensor) or value.numel() == 0:
+            return 0.0
+        offset = 0.0
+        if node.target is DEQUANTIZE:
+            scale, zero_point = (_constant(self.gm, a) for a in node.args[1:3])
+            offset = float((scale * zero_point).abs().max())
+        return float(value.abs().max()) + offset
+
+    def error(self, result: Tensor) -> Tensor:
+        """How far float32 arithmetic may take each element of ``result`` from its value."""
+        magnitude = torch.zeros_like(result)
+        approximation = torch.zeros_like(result)
+        previous: Tensor | None = None
+        for op, value in self.ops:
+            if value.shape == result.shape:
+                magnitude += value.abs()
+            if op.name in APPROXIMATION and previous is not None:
+                approximation += APPROXIMATION[op.name] * previous.abs()
+            if op.name == "interpolate":  # source indices are float32 numbers of that size
+                magnitude += value.abs().max() * max(value.shape[2:])
+            previous = value if value.shape == result.shape else None
+        return ROUNDINGS * _UNIT * (magnitude + self.addends) + approximation
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.to(torch.float64)
+    return value
+
+
+def _constant(gm: nn.Module, argument: object) -> Tensor:
+    assert isinstance(argument, fx.Node)
+    value = attribute(gm, str(argument.target))
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _compare(
+    gm: QuantGraphModule, node: fx.Node, lowered: fx.Node, values: Mapping[str, Any]
+) -> ParityRow:
+    """The row of the reference node ``node``: a quantize, or an op whose kernel writes floats."""
+    if node.target is QUANTIZE:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if source.name in values:
+            return _compare_quantize(gm, node, lowered, values[source.name], values[node.name])
+        return _compare_integers(gm, node, lowered, values)
+    if node.target is DEQUANTIZE:
+        return _compare_dequantize(gm, node, lowered, values)
+    return _compare_floats(gm, node, lowered, values)
+
+
+def _compare_quantize(
+    gm: QuantGraphModule, node: fx.Node, lowered: fx.Node, x: Tensor, given: Tensor
+) -> ParityRow:
+    """Quantizing a float value that both graphs have: exact, ties included."""
+    _, scale, zero_point, low, high, dtype = node.args[:6]
+    assert isinstance(low, int) and isinstance(high, int) and isinstance(dtype, torch.dtype)
+    spec = QuantSpec(dtype=dtype, qscheme=torch.per_tensor_affine, quant_min=low, quant_max=high)
+    expected = quantize(x, QParams(_constant(gm, scale), _constant(gm, zero_point), spec))
+    distance = (given.to(torch.int32) - expected.to(torch.int32)).abs()
+    name = str(node.all_input_nodes[0].name)
+    return _row(name, "quantize", lowered, distance, torch.zeros_like(distance, dtype=torch.bool))
+
+
+def _compare_dequantize(
+    gm: QuantGraphModule, node: fx.Node, lowered: fx.Node, values: Mapping[str, Any]
+) -> ParityRow:
+    """Integers that a float op, or the caller, reads: exact."""
+    source = node.all_input_nodes[0]
+    scale, zero_point = (_constant(gm, a) for a in node.args[1:3])
+    integers = values[source.name].to(torch.int32)
+    distance = ((values[node.name] - (integers - zero_point) * scale) / scale).abs()
+    name = source.all_input_nodes[0].name
+    return _row(name, "dequantize", lowered, distance, torch.zeros_like(distance, dtype=torch.bool))
+
+
+def _compare_integers(
+    gm: QuantGraphModule, node: fx.Node, lowered: fx.Node, values: Mapping[str, Any]
+) -> ParityRow:
+    last, scale_node, zero_node, low, high = node.args[:5]
+    assert isinstance(last, fx.Node) and isinstance(low, int) and isinstance(high, int)
+    region = _Region(gm, values, last)
+    result = region.value(last)
+    scale, zero_point = (_constant(gm, a).to(torch.float64) for a in (scale_node, zero_node))
+    exact = result / scale + zero_point
+    expected = exact.round().clamp(low, high)
+    distance = (values[node.name].to(torch.float64) - expected).abs()
+    error = region.error(result) / scale + ROUNDINGS * _UNIT * zero_point.abs()
+    halfway = (exact - exact.floor() - 0.5).abs() <= error
+    return _row(last.name, _kinds(region), lowered, distance, halfway)
+
+
+def _compare_floats(
+    gm: QuantGraphModule, node: fx.Node, lowered: fx.Node, values: Mapping[str, Any]
+) -> ParityRow:
+    region = _Region(gm, values, node)
+    result = region.value(node)
+    error = region.error(result)
+    distance = (values[node.name].to(torch.float64) - result).abs() / error.clamp(min=1e-300)
+    return ParityRow(
+        name=node.name,
+        kind=_kinds(region),
+        kernel=_kernel(lowered),
+        elements=distance.numel(),
+        off_by_one=0,
+        ties=0,
+        more=int((distance > 1).sum()),
+        max_lsb=float(distance.max()) if distance.numel() else 0.0,
+        floating=True,
+    )
+
+
+def _row(
+    name: str, kind: str, lowered: fx.Node, distance: Tensor, halfway: Tensor
+) -> ParityRow:
+    one = distance == 1
+    return ParityRow(
+        name=name,
+        kind=kind,
+        kernel=_kernel(lowered),
+        elements=distance.numel(),
+        off_by_one=int(one.sum()),
+        ties=int((one & halfway).sum()),
+        more=int((distance > 1).sum()),
+        max_lsb=float(distance.max()) if distance.numel() else 0.0,
+    )
+
+
+def _kinds(region: _Region) -> str:
+    return "+".join(op.name for op, _ in region.ops) or "none"
+
+
+def _kernel(lowered: fx.Node) -> str:
+    """The kernel of a lowered node; with what it clamps, where a clamp stands last."""
+    kernel = record_of(lowered).kernel
+    before = lowered.args[0] if lowered.args else None
+    if kernel == "aten::clamp on int8" and isinstance(before, fx.Node):
+        return f"{record_of(before).kernel}, {kernel}"
+    return kernel
+
