@@ -320,9 +320,9 @@ class _Run:
                 else "the batch is finite, so the model makes them: check its weights and the"
                 " preprocessing"
             )
+            seen = str(error).partition(" in batch ")[0]  # an observer counts all calibrations
             return NonFiniteStatisticError(
-                f"{where}: {error}. Here {origin}. {kept}: drop the batch and calibrate with the"
-                " others"
+                f"{where}: {seen}; {origin}. {kept}: drop the batch and calibrate with the others"
             )
         if isinstance(error, _Misfit):
             return CalibrationError(f"{where} does not fit the model: {error}. {kept}")

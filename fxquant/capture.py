@@ -19,13 +19,32 @@ from torch import fx, nn
 from fxquant.errors import CaptureError, CaptureWarning, Diagnostics
 from fxquant.graph_module import GraphState, QuantGraphModule, Stage
 from fxquant.metadata import record_of, set_record, update_record
-from fxquant.op_view import type_of
+from fxquant.op_view import OUT_OF_PLACE_OPERATORS, type_of
 from fxquant.shape_guards import ExampleValues, shape_guard
 from fxquant.shapes import bind_examples
 
 _TRACE_LOCK = threading.Lock()
 _PACKAGE = Path(__file__).parent
 _TORCH = Path(torch.__file__).parent
+
+
+def _writing(target: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: fx.Proxy, other: Any) -> Any:
+        name = OUT_OF_PLACE_OPERATORS[target].__name__.rstrip("_")
+        return self.tracer.create_proxy("call_function", target, (self, other), {}, name=name)
+
+    return call
+
+
+class _WritableProxy(fx.Proxy):
+    """A proxy for which ``x += y`` writes ``x``, which other names of the tensor see too.
+
+    fx records ``x = x + y``.
+    """
+
+
+for _target in OUT_OF_PLACE_OPERATORS:
+    setattr(_WritableProxy, f"__{_target.__name__}__", _writing(_target))
 
 
 class CaptureTracer(fx.Tracer):
@@ -44,6 +63,10 @@ class CaptureTracer(fx.Tracer):
         self.examples = examples
         self.conditions: dict[str, bool] = {}
         self._thread = threading.get_ident()
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A proxy that records what is written in place."""
+        return _WritableProxy(node, self)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Decide a condition on shapes by the example inputs and leave a guard in the graph.
@@ -126,7 +149,7 @@ def capture(
     """
     _check_state(model, diagnostics)
     if isinstance(model, fx.GraphModule) and _only_leaves(model):
-        owned = _own_copy(model)
+        owned = own_copy(model)
         assert isinstance(owned, fx.GraphModule)
         gm = QuantGraphModule(owned, owned.graph, type(model).__name__)
     else:
@@ -156,7 +179,7 @@ def _check_state(model: nn.Module, diagnostics: Diagnostics) -> None:
             )
     for name, module in model.named_modules():
         lazy = isinstance(module, nn.modules.lazy.LazyModuleMixin)
-        if lazy and module.has_uninitialized_params():  # type: ignore[operator]  # nn.Module types attributes as tensors or modules
+        if lazy and module.has_uninitialized_params():
             raise CaptureError(
                 f"module {name!r} ({type(module).__name__}) is lazy and not initialised yet; run"
                 " the model once on a real input before quantizing"
@@ -176,8 +199,12 @@ def _check_state(model: nn.Module, diagnostics: Diagnostics) -> None:
         )
 
 
-def _own_copy(model: nn.Module) -> nn.Module:
-    """A copy with tensors of its own; a cached tensor with history becomes one without."""
+def own_copy(model: nn.Module) -> nn.Module:
+    """A copy with tensors of its own; a cached tensor with history becomes one without.
+
+    Raises:
+        CaptureError: an attribute cannot be copied.
+    """
     memo: dict[int, Any] = {}
     seen: set[int] = set()
     pending: list[Any] = [model]
@@ -219,7 +246,7 @@ def _trace(model: nn.Module, diagnostics: Diagnostics, example_inputs: object) -
     examples = bind_examples(type(model).forward, example_inputs)
     fixed = {} if examples is None else examples.fixed
     while True:
-        owned = _own_copy(model)  # anew each time: a forward may count its calls
+        owned = own_copy(model)  # anew each time: a forward may count its calls
         before = {path: dict(vars(module)) for path, module in owned.named_modules()}
         values = None if examples is None else ExampleValues(examples.values)
         tracer = CaptureTracer(islands, values)

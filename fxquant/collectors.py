@@ -421,8 +421,10 @@ class HistogramCollector(Collector):
         return Histogram(counts, first * width, width, low, high)
 
     def _count(self, values: Tensor) -> None:
-        # Scaling by a power of two is exact, so floor() finds the bin without rounding.
-        scale = 2.0 ** (-int(self.exponent))
+        # Scaling by a power of two is exact, so floor() finds the bin without rounding. Only with
+        # bins wider than 1 can a product be too small for float32, and float64 is taken.
+        exponent = int(self.exponent)
+        scale = 2.0 ** (-exponent)
         first = int(self.first_bin)
         on_cpu = values.device.type == "cpu"
         size = min(self.CPU_CHUNK if on_cpu else self.DEVICE_CHUNK, values.numel())
@@ -436,8 +438,11 @@ class HistogramCollector(Collector):
         for part in torch.split(values, size):
             length = part.numel()
             where = scaled[:length]
-            torch.mul(part, scale, out=where)
-            where.floor_()
+            if exponent > 0:
+                where.copy_((part.to(torch.float64) * scale).floor_())
+            else:
+                torch.mul(part, scale, out=where)
+                where.floor_()
             if start is not None:
                 where.add_(start[:length])
             else:

@@ -39,7 +39,7 @@ from fxquant.observers import (
 from fxquant.specs import QParams, QuantSpec
 
 
-class FakeQuantizeBase(WithArgs, nn.Module, abc.ABC):
+class FakeQuantizeBase(WithArgs, abc.ABC):
     """The two switches that every fake quantizer has.
 
     Buffers: ``fake_quant_enabled`` and ``observer_enabled``, uint8 of shape ``[1]``.

@@ -16,6 +16,7 @@ from fxquant.errors import LoweringError
 
 _PREFERRED: dict[str, tuple[str, ...]] = {
     "conv": ("onednn", "fbgemm"),
+    "grouped": ("onednn", "fbgemm"),
     "depthwise": ("onednn", "fbgemm"),
     "linear": ("fbgemm", "onednn"),
 }
@@ -28,7 +29,7 @@ def exact_engine(form: str) -> str:
     """The fastest engine that computes ``form`` exactly here; the first available one if none does.
 
     Args:
-        form: ``conv``, ``depthwise`` or ``linear``.
+        form: ``conv``, ``grouped``, ``depthwise`` or ``linear``.
 
     Raises:
         LoweringError: this build of torch has neither engine.
@@ -47,29 +48,28 @@ def is_exact(form: str, engine_name: str) -> bool:
     """Whether ``engine_name`` computes ``form`` without saturating on the largest integers.
 
     Args:
-        form: ``conv``, ``depthwise`` or ``linear``.
+        form: ``conv``, ``grouped``, ``depthwise`` or ``linear``.
         engine_name: an engine of this build of torch.
     """
     consume_deprecation_warning()
-    depth = 1 if form == "depthwise" else 64
     channels = 64
-    taps = 9 if form != "linear" else 1
-    total = 255 * 127 * depth * taps
-    x = torch.full((1, channels) if form == "linear" else (1, channels, 3, 3), 255.0)
+    depth = {"depthwise": 1, "grouped": 4}.get(form, channels)
+    taps = 1 if form == "linear" else 9
+    # Larger than the kernel, and padded: fbgemm has a fast path for such depthwise convolutions.
+    source = torch.full((1, channels) if form == "linear" else (1, channels, 5, 5), 255.0)
     shape = (channels, depth) if form == "linear" else (channels, depth, 3, 3)
     weight = torch._make_per_tensor_quantized_tensor(
         torch.full(shape, 127, dtype=torch.int8), 1.0, 0
     )
-    source = torch.quantize_per_tensor(x, 1.0, 0, torch.quint8)
-    scale = total / 200.0  # the exact sum is the integer 200
+    x = torch.quantize_per_tensor(source, 1.0, 0, torch.quint8)
+    scale = 255 * 127 * depth * taps / 200.0  # the exact sum is the integer 200
     with engine(engine_name):
         if form == "linear":
             packed = torch.ops.quantized.linear_prepack(weight, None)
-            result = torch.ops.quantized.linear(source, packed, scale, 0)
+            result = torch.ops.quantized.linear(x, packed, scale, 0)
         else:
-            groups = channels if form == "depthwise" else 1
             packed = torch.ops.quantized.conv2d_prepack(
-                weight, None, [1, 1], [0, 0], [1, 1], groups
+                weight, None, [1, 1], [1, 1], [1, 1], channels // depth
             )
-            result = torch.ops.quantized.conv2d.new(source, packed, scale, 0)
+            result = torch.ops.quantized.conv2d.new(x, packed, scale, 0)[:, :, 1:-1, 1:-1]
     return bool((result.int_repr() == 200).all())

@@ -41,6 +41,8 @@ from fxquant.specs import (
     QuantSpec,
     choose_qparams,
     default_range,
+    find_schemes,
+    name_schemes,
     range_to_qparams,
     storage_dtype,
 )
@@ -83,6 +85,10 @@ class PartialFactory:
         self.arguments = dict(arguments or {})
         self.callables = dict(callables or {})
 
+    def __reduce__(self) -> tuple[object, ...]:
+        values = (self.target, name_schemes(self.arguments), self.callables)
+        return _unpickle_factory, values
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Make an instance; arguments given here win over the stored ones."""
         computed = {k: make() for k, make in self.callables.items() if k not in kwargs}
@@ -113,6 +119,14 @@ class PartialFactory:
         return f"{name}({', '.join(shown)})"
 
 
+def _unpickle_factory(
+    target: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    callables: Mapping[str, Callable[[], Any]],
+) -> PartialFactory:
+    return PartialFactory(target, find_schemes(arguments), callables)
+
+
 def _hashable(value: Any) -> Any:
     """``value`` in a form that compares and hashes by content."""
     if isinstance(value, Tensor):
@@ -128,8 +142,14 @@ def _shown(value: Any) -> str:
     return value.__name__ if isinstance(value, type) else repr(value)
 
 
-class WithArgs:
-    """Mixin: ``with_args`` and ``with_callable_args`` on a class."""
+class WithArgs(nn.Module):
+    """Base of observers and fake quantizers: factories of a class, and pickles without qschemes."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return name_schemes(self.__dict__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(find_schemes(state))  # type: ignore[no-untyped-call]
 
     @classmethod
     def with_args(cls, **kwargs: Any) -> PartialFactory:
@@ -142,7 +162,7 @@ class WithArgs:
         return PartialFactory(cls, None, kwargs)
 
 
-class ObserverBase(WithArgs, nn.Module, abc.ABC):
+class ObserverBase(WithArgs, abc.ABC):
     """What every observer has.
 
     Args:

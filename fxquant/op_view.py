@@ -6,6 +6,7 @@ keep their module, function and method nodes; patterns, annotation and targets s
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -21,6 +22,22 @@ from fxquant.op_catalog import (
     REQUIRED,
     OpKind,
 )
+
+OUT_OF_PLACE_OPERATORS: dict[Any, Any] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ifloordiv: operator.floordiv,
+    operator.imod: operator.mod,
+    operator.ipow: operator.pow,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+    operator.ixor: operator.xor,
+    operator.ilshift: operator.lshift,
+    operator.irshift: operator.rshift,
+}
+"""What ``+=`` and its like call -> what ``+`` and its like call."""
 
 
 class Form(Enum):
@@ -147,10 +164,13 @@ def op_of(gm: fx.GraphModule, node: fx.Node) -> Op | None:
 
 
 def type_of(gm: fx.GraphModule, node: fx.Node) -> object:
-    """What ``object_type`` rules compare with: module class, function or method name."""
+    """What ``object_type`` rules compare with: module class, function or method name.
+
+    ``+=`` counts as ``+``, and so on.
+    """
     if node.op == "call_module":
         return type(gm.get_submodule(str(node.target)))
-    return node.target
+    return OUT_OF_PLACE_OPERATORS.get(node.target, node.target)
 
 
 def type_name(gm: fx.GraphModule, node: fx.Node) -> str:

@@ -363,6 +363,10 @@ default_per_channel_symmetric_qnnpack_qat_qconfig = QConfig(
     activation=_int8_fused, weight=fused_per_channel_wt_fake_quant_range_neg_127_to_127
 )
 
+# Without -128 the range is symmetric, as ONNX runtimes want it. The factories of this range under
+# torch.ao's names are qnnpack's: their eps of 2**-12 would coarsen channels of small weights.
+_weight_127 = default_per_channel_weight_observer.with_args(quant_min=-127, quant_max=127)
+_fused_weight_127 = default_fused_per_channel_wt_fake_quant.with_args(quant_min=-127, quant_max=127)
 _full_range = HistogramObserver.with_args(dtype=torch.uint8)
 _torch_full_range = _full_range.with_args(rule=TorchHistogramRule())
 _torch_half_range = _torch_full_range.with_args(reduce_range=True)
@@ -388,14 +392,15 @@ def _backend(
     return BackendDefaults(QConfig(activation, weight), QConfig(qat_activation, qat_weight))
 
 
-#: Defaults by backend. "x86" is fxquant's: the full range 0..255 and the least squared error.
+#: Defaults by backend. "x86" is fxquant's: the full range 0..255 and the least squared error for
+#: activations, -127..127 for weights.
 #: The others are torch.ao's, "x86-compat" being what it calls "x86".
 BACKENDS: Final[Mapping[str, BackendDefaults]] = {
     "x86": _backend(
         _full_range,
-        per_channel_weight_observer_range_neg_127_to_127,
+        _weight_127,
         default_fused_act_fake_quant,
-        default_fused_per_channel_wt_fake_quant,
+        _fused_weight_127,
     ),
     "x86-compat": _backend(
         _torch_half_range,

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from torch import fx, nn
 
-from fxquant.capture import capture
+from fxquant.capture import capture, own_copy
 from fxquant.errors import (
     CaptureError,
     ConfigError,
@@ -19,7 +19,7 @@ from fxquant.errors import (
     NotAGraphModuleError,
     NotPreparedError,
 )
-from fxquant.graph_module import QuantGraphModule, Stage, derive
+from fxquant.graph_module import QuantGraphModule, Stage
 from fxquant.ledger import build_ledger
 from fxquant.pass_manager import PassContext
 from fxquant.pipelines import (
@@ -197,7 +197,8 @@ def _reference(
             f"incoming model must be produced by prepare_fx; this GraphModule {stage}. Call"
             f" prepare_fx(model, qconfig_mapping, example_inputs), calibrate, then {caller}"
         )
-    gm = derive(prepared)
+    gm = own_copy(prepared)
+    assert isinstance(gm, QuantGraphModule)
     context = PassContext(
         target=target_named(gm.state.target), diagnostics=Diagnostics(strict=strict)
     )

@@ -12,8 +12,9 @@ tested against::
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -83,6 +84,39 @@ def _unknown_dtype(dtype: object) -> str:
     return f"dtype {dtype} is no quantization dtype; use one of {known} (or torch's {quantized})"
 
 
+@dataclass(frozen=True, slots=True)
+class SchemeName:
+    """Stands for a ``torch.qscheme`` in pickles.
+
+    torch's own schemes do not know their module, so that pickle asks every loaded module for
+    them: slow, and it trips over modules that load on demand.
+    """
+
+    name: str
+
+
+def name_schemes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with every qscheme replaced by its name; undone by :func:`find_schemes`."""
+    return {
+        key: SchemeName(str(value).removeprefix("torch."))
+        if isinstance(value, torch.qscheme)
+        else value
+        for key, value in values.items()
+    }
+
+
+def find_schemes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`name_schemes`."""
+    return {
+        key: getattr(torch, value.name) if isinstance(value, SchemeName) else value
+        for key, value in values.items()
+    }
+
+
+def _unpickle_spec(values: dict[str, Any]) -> QuantSpec:
+    return QuantSpec(**find_schemes(values))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantSpec:
     """How one tensor is represented: everything about quantization but the numbers.
@@ -129,6 +163,10 @@ class QuantSpec:
         self._check_range()
         if self.fixed is not None:
             self._check_fixed(*self.fixed)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return _unpickle_spec, (name_schemes(values),)
 
     def _check_range(self) -> None:
         low, high = self.quant_min, self.quant_max

@@ -42,12 +42,14 @@ def as_text(
         columns: in order.
         rows: one cell for each column.
         width: the longest line wanted. Cells are wrapped, then columns are left out, to keep to it;
-            columns of rank 0 stay in any case. ``None`` wraps nothing.
+            columns of rank 0 stay in any case. ``None`` wraps nothing. Empty columns are not
+            shown.
 
     Returns:
         The table, and the titles of the columns that were left out.
     """
-    kept = list(range(len(columns)))
+    empty = {i for i, c in enumerate(columns) if c.rank and not any(row[i] for row in rows)}
+    kept = [i for i in range(len(columns)) if i not in empty]
     natural = [
         max([len(column.title), *(len(row[i]) for row in rows)]) for i, column in enumerate(columns)
     ]
@@ -68,7 +70,7 @@ def as_text(
         if natural[neediest] == widths[neediest]:
             break
         widths[neediest] += 1
-    left_out = tuple(c.title for i, c in enumerate(columns) if i not in kept)
+    left_out = tuple(c.title for i, c in enumerate(columns) if i not in {*kept, *empty})
     return _simple(columns, rows, kept, widths), left_out
 
 

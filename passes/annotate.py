@@ -340,6 +340,9 @@ class _Decision:
 
     def _annotation(self, node: fx.Node, plan: _Plan) -> Annotation | None:
         last = self._last(node)
+        if not last.users:
+            add_reason(node, "nobody reads its result")
+            return None
         wanted = self.wanted[last]
         inputs = tuple(plan.activation for _ in plan.op.activations)
         if plan.row.role is Role.SHARES:

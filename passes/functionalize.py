@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -15,20 +14,16 @@ from torch import fx
 
 from fxquant.graph_module import QuantGraphModule, set_attribute
 from fxquant.metadata import TensorRecord, record_of
+from fxquant.op_view import OUT_OF_PLACE_OPERATORS
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult, Refusal
 from fxquant.patterns.aliasing import Aliasing, written_value
 from fxquant.rewriter import GraphRewriter
 
-_OPERATORS: dict[Any, Any] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-}
 _OTHER_MEANING = frozenset(
-    "bernoulli float_power requires_grad resize resize_as"
-    " logical_and logical_or logical_xor logical_not eq ne lt le gt ge"
-    " not_equal less less_equal greater greater_equal".split()
+    {"bernoulli", "float_power", "requires_grad", "resize", "resize_as"}
+    | {"logical_and", "logical_or", "logical_xor", "logical_not"}
+    | {"eq", "ne", "lt", "le", "gt", "ge"}
+    | {"not_equal", "less", "less_equal", "greater", "greater_equal"}
 )
 """Names whose form without underscore gives other values or another dtype."""
 
@@ -113,12 +108,32 @@ class _Work:
                 wider.name,
             )
             return
+        if node.target in OUT_OF_PLACE_OPERATORS and not _is_tensor(written):
+            self.rewrite_operator(node, written, replacement)
+            return
         reader = self.redirect(node, written)
         if reader is not None:
             self.refuse(
                 node,
                 f"{node.name!r} writes {written.name!r} in place, and {reader.name!r} reads"
                 " afterwards what may be a view of it",
+                reader.name,
+            )
+            return
+        replacement()
+        self.rewriter.changes += 1
+
+    def rewrite_operator(
+        self, node: fx.Node, written: fx.Node, replacement: Callable[[], None]
+    ) -> None:
+        """``+=`` on what may be a number: it writes nothing then, so nobody is redirected."""
+        reader = self.aliasing.reader_after(written, node)
+        if reader is not None and not _is_number(written):
+            self.refuse(
+                node,
+                f"{node.name!r} may write {written.name!r} in place, and {reader.name!r} reads"
+                " afterwards what may be its memory; example inputs would tell whether it is a"
+                " tensor",
                 reader.name,
             )
             return
@@ -178,6 +193,15 @@ class _Work:
             module.inplace = False  # type: ignore[assignment]  # nn.Module types attributes as tensors or modules
 
 
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(record_of(node).value, TensorRecord)
+
+
+def _is_number(node: fx.Node) -> bool:
+    record = record_of(node)
+    return record.has_value and isinstance(record.value, (bool, int, float, str))
+
+
 def _name_flag(node: fx.Node) -> bool:
     """Give an ``inplace=True`` that is given by position by name; whether there was one."""
     if node.op != "call_function":
@@ -198,8 +222,8 @@ def _out_of_place_target(node: fx.Node) -> Any:
     """``"relu_"`` -> ``"relu"``, ``torch.relu_`` -> ``torch.relu``, ``iadd`` -> ``add``."""
     if node.kwargs.get("out") is not None:
         return None
-    if node.target in _OPERATORS:
-        return _OPERATORS[node.target]
+    if node.target in OUT_OF_PLACE_OPERATORS:
+        return OUT_OF_PLACE_OPERATORS[node.target]
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     plain = name.removesuffix("_")
     if plain == name or plain in _OTHER_MEANING:

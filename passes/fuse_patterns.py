@@ -8,11 +8,10 @@ from typing import ClassVar
 from fxquant.graph_module import QuantGraphModule
 from fxquant.metadata import FusionRecord, add_reason, record_of, update_record
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult, Refusal
-from fxquant.patterns.guards import because, guard
 from fxquant.patterns.library import FUSION_PATTERNS
-from fxquant.patterns.match import Match, Reason
+from fxquant.patterns.match import Match, Reason, because
 from fxquant.patterns.matcher import match_all
-from fxquant.patterns.pattern import Pattern
+from fxquant.patterns.pattern import Pattern, guard
 from fxquant.targets.table import Target
 
 

@@ -10,7 +10,7 @@ from torch import fx
 from fxquant.errors import ConfigWarning, UnmatchedRuleError, did_you_mean
 from fxquant.graph_module import QuantGraphModule
 from fxquant.metadata import record_of, update_record
-from fxquant.op_view import type_of
+from fxquant.op_view import OUT_OF_PLACE_OPERATORS, type_of
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
 from fxquant.qconfig_mapping import QConfigMapping, resolve
 
@@ -105,14 +105,19 @@ def _is_default_type(mapping: QConfigMapping, kind: object) -> bool:
 def _subject(gm: QuantGraphModule, node: fx.Node) -> dict[str, Any]:
     """What the precedence of :func:`fxquant.qconfig_mapping.resolve` looks at."""
     record = record_of(node)
-    kind = type_of(gm, node)
+    kinds = tuple(dict.fromkeys((type_of(gm, node), *_written_as(node))))
     path = str(node.target) if node.op == "call_module" else record.scope
     scope_types: tuple[object, ...] = ()
     if node.op != "call_module" and record.scope_types:
         scope_types = (record.scope_types[-1],)
     return {
         "module_path": path,
-        "target_types": (kind,),
+        "target_types": kinds,
         "scope_types": scope_types,
-        "order_index": ((record.scope, kind, record.call_index),),
+        "order_index": tuple((record.scope, kind, record.call_index) for kind in kinds),
     }
+
+
+def _written_as(node: fx.Node) -> tuple[object, ...]:
+    """The operator as the code has it: ``+=`` also counts as ``+``."""
+    return (node.target,) if node.target in OUT_OF_PLACE_OPERATORS else ()

@@ -6,7 +6,7 @@ rounded to int8.
 
 from __future__ import annotations
 
-from fxquant.patterns.activations import ACTIVATIONS
+from fxquant.patterns.activations import ACTIVATIONS, CLAMPS
 from fxquant.patterns.guards import (
     constant_bounds,
     constant_weight,
@@ -53,13 +53,18 @@ _RESIDUAL = (
 )
 
 CONVOLUTION_ADD = (
-    Pattern(
-        "conv2d-add-relu",
-        chain(
-            step("conv", "conv2d"), step("add", "add", other="other"), step("activation", "relu")
-        ),
-        guards=_RESIDUAL,
-        source=f"{_POST_OPS} (sum, eltwise); residual block of He et al. 2016, figure 2",
+    *(
+        Pattern(
+            f"conv2d-add-{name}",
+            chain(
+                step("conv", "conv2d"),
+                step("add", "add", other="other"),
+                step("activation", *kinds),
+            ),
+            guards=(*_RESIDUAL, constant_bounds),
+            source=f"{_POST_OPS} (sum, eltwise); residual block of He et al. 2016, figure 2",
+        )
+        for name, kinds in CLAMPS.items()
     ),
     Pattern(
         "conv2d-add",

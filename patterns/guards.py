@@ -484,12 +484,11 @@ def _meeting(match: Match, other: str) -> tuple[fx.Node, fx.Node]:
 
 
 def _dtypes(match: Match) -> Iterator[tuple[fx.Node, str, torch.dtype]]:
-    """Node to blame, what it is called, and the dtype, of all that enters the chain."""
-    inside = frozenset(match.nodes)
+    """Node to blame, what it is called, and the dtype, of all that the chain reads."""
     for op in match.ops:
         for node in op.activations:
             value = record_of(node).value
-            if node not in inside and isinstance(value, TensorRecord):
+            if isinstance(value, TensorRecord):
                 yield node, node.name, value.dtype
         for name in op.kind.constants:
             tensor = op.constant(name)

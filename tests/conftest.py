@@ -1,4 +1,4 @@
-"""What all tests share: the data folder, and a line on what was skipped for want of it."""
+"""What all tests share: the data folder, a line on what was skipped for want of it, a switch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,15 @@ from fxquant.errors import DataNotFoundError
 from fxquant.models_zoo.data import DATA_VARIABLE, find_data_dir
 
 SKIP_REASON = f"needs the data folder; set {DATA_VARIABLE}"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """One switch for all golden files."""
+    parser.addoption(
+        "--regenerate-golden",
+        action="store_true",
+        help="write the golden files of tests/**/golden anew instead of comparing with them",
+    )
 
 
 @pytest.fixture(scope="session")

@@ -258,6 +258,16 @@ def test_constant_data(value: float) -> None:
     assert histogram.min_val == histogram.max_val == float(torch.tensor(value))
 
 
+def test_tiny_negative_values_are_below_zero_whatever_the_width_of_bins() -> None:
+    tiny = [-(2.0**-149), -1e-30]
+    alone = HistogramCollector(2)
+    alone(torch.tensor([-(2.0**60), *tiny]))  # two bins, the last one of which ends at zero
+    assert alone.to_histogram().counts.sum() == 3
+    late, early = HistogramCollector(), HistogramCollector()
+    data = [torch.tensor(tiny), torch.tensor([2.0**100])]
+    assert same_state(observed(late, data), observed(early, data[::-1]))
+
+
 def test_zeros_say_nothing_about_the_width_of_bins() -> None:
     first, last = HistogramCollector(), HistogramCollector()
     data = [torch.zeros(3), torch.tensor([1e-12, 2e-12])]

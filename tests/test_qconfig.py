@@ -45,7 +45,7 @@ from fxquant.qconfig import (
     spec_of,
 )
 from fxquant.range_rules import MSERule, TorchHistogramRule
-from fxquant.specs import QuantSpec
+from fxquant.specs import DEFAULT_EPS, QuantSpec
 
 DEFAULTS = {name: value for name, value in vars(module).items() if isinstance(value, QConfig)}
 defaults = pytest.mark.parametrize("qconfig", DEFAULTS.values(), ids=DEFAULTS)
@@ -261,13 +261,14 @@ def test_x86_has_the_full_range_and_the_least_error() -> None:
     assert observer.rule == MSERule()
     assert observer.spec.short() == "uint8 affine 0..255"
     assert isinstance(qconfig.weight(), PerChannelMinMaxObserver)
-    assert qconfig.weight().spec.short() == "int8 per-channel(0) sym -128..127"
+    assert qconfig.weight().spec.short() == "int8 per-channel(0) sym -127..127"
+    assert qconfig.weight().spec.eps == DEFAULT_EPS  # small weights keep their resolution
 
 
 @pytest.mark.parametrize(
     ("backend", "activation", "weight"),
     [
-        ("x86", "uint8 affine 0..255", "int8 per-channel(0) sym -128..127"),
+        ("x86", "uint8 affine 0..255", "int8 per-channel(0) sym -127..127"),
         ("x86-compat", "uint8 affine 0..127", "int8 per-channel(0) sym -128..127"),
         ("fbgemm", "uint8 affine 0..127", "int8 per-channel(0) sym -128..127"),
         ("onednn", "uint8 affine 0..255", "int8 per-channel(0) sym -128..127"),

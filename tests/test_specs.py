@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from fractions import Fraction
 
 import pytest
@@ -141,6 +143,13 @@ def test_specs_are_values() -> None:
     assert spec() == spec()
     assert hash(spec()) == hash(spec())
     assert spec() != spec(high=127)
+
+
+@pytest.mark.parametrize("made", [U8, S8, spec(torch.float16), spec(fixed=(0.5, 3))], ids=str)
+def test_specs_can_be_copied_and_pickled(made: QuantSpec) -> None:
+    assert pickle.loads(pickle.dumps(made)) == made
+    assert copy.deepcopy(made) == made
+    assert b"per_tensor" in pickle.dumps(made)
 
 
 def test_quantized_dtypes_are_stored_in_plain_ones() -> None:

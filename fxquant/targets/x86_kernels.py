@@ -14,7 +14,7 @@ from torch import fx
 
 from fxquant.clamps import CLAMP_KINDS, bounds_of
 from fxquant.kernel_probe import exact_engine
-from fxquant.kernels import accumulator
+from fxquant.kernels import accumulator, as_quantized
 from fxquant.lowering import Bound, IntValue, Lowering, Representation, Site, Weight
 from fxquant.metadata import add_reason, shape_of
 from fxquant.op_view import Op
@@ -168,7 +168,9 @@ def _emit_residual(site: Site, x: IntValue, weight: Weight, add: Op) -> str | No
         at=site.last,
     )
     target = _accumulator(site, x, other)
-    relu = any(epilogue.name == "relu" for epilogue in site.epilogues)
+    clamp = next((epilogue for epilogue in site.epilogues if epilogue.name in CLAMP_KINDS), None)
+    low, high = (None, None) if clamp is None else bounds_of(clamp)
+    relu = low == 0.0
     node = lowering.emit(
         site,
         torch.ops.onednn.qconv2d_pointwise.binary,
@@ -198,8 +200,17 @@ def _emit_residual(site: Site, x: IntValue, weight: Weight, add: Op) -> str | No
         ),
         f"onednn::qconv2d_pointwise.binary[sum{', relu' if relu else ''}]",
     )
-    _finish(site, node, _BYTES)
-    return None
+    if high is None and (low is None or relu):
+        _finish(site, node, _BYTES)
+        return None
+    quantized = lowering.call(
+        as_quantized,
+        (node, site.output_scale, site.output_zero_point),
+        at=site.last,
+        like=node,
+        dtype=torch.uint8,
+    )
+    return _finish_clamp(site, quantized, clamp, done="low" if relu else "")
 
 
 def _accumulator(site: Site, x: IntValue, other: IntValue) -> fx.Node:

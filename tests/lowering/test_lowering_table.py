@@ -145,8 +145,8 @@ ROWS: dict[str, Row] = {
         arguments=((1,), (2,), (1, 2), (-2, -1)), modules=(nn.Flatten, lambda: nn.Flatten(2)),
         other=None,
     ),
-    "reshape": Row(arguments=(((2, -1, 12),), ((-1, 8, 120),)), other=None),
-    "view": Row(arguments=(((2, 8, -1),), ((-1, 8, 120),)), other=None),
+    "reshape": Row(arguments=(((-1, 8, 120),), ((-1, 80, 12),)), other=None),
+    "view": Row(arguments=(((-1, 8, 120),), ((-1, 80, 12),)), other=None),
     "permute": Row(arguments=(((0, 2, 3, 1),), ((0, 1, 3, 2),)), other=(8, 10, 12)),
     "transpose": Row(arguments=((2, 3), (-1, 1)), other=(8, 10, 12)),
     "squeeze": Row(arguments=((), (2,), (-1,), (3,)), shape=(8, 1, 12), other=None),
@@ -264,6 +264,6 @@ def test_row(lower: Lower, kind: str, spelling: tuple[str, Any, tuple[Any, ...]]
     if kind not in ("detach", "contiguous"):
         assert any(kind in r.kind.split("+") and not r.floating for r in report.rows), f"\n{report}"
     assert not any(r.kind == "dequantize" for r in report.rows), f"\n{report}"
-    if len(row.shape) == 3:
+    if len(row.shape) == 3 and kind != "view":  # in float, a view of channels_last is an error
         case.check(torch.randn(x.shape).contiguous(memory_format=torch.channels_last))
     case.check(2 * torch.randn(5, 3, *(row.other or row.shape)[1:]))

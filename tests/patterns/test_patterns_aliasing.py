@@ -80,6 +80,8 @@ def test_what_does_not_write(build: Build) -> None:
         (lambda g, x: g.call_function(torch.chunk, (x, 2)), True),
         (lambda g, x: g.call_module("flat", (x,)), True),
         (lambda g, x: g.call_module("drop", (x,)), True),
+        (lambda g, x: g.call_module("alpha", (x,)), True),
+        (lambda g, x: g.call_module("unflat", (x,)), True),
         (lambda g, x: g.call_module("own", (x,)), True),
         (lambda g, x: g.call_module("norm", (x,)), False),
         (lambda g, x: g.call_module("conv", (x,)), False),
@@ -98,6 +100,8 @@ def test_what_shares_memory_with_its_input(build: Build, shares: bool) -> None:
         build,
         flat=nn.Flatten(),
         drop=nn.Dropout2d(),
+        alpha=nn.AlphaDropout(),
+        unflat=nn.Unflatten(0, (1, 1)),
         own=Own(),
         norm=nn.InstanceNorm2d(2),
         conv=nn.Conv2d(2, 2, 1),
@@ -153,6 +157,25 @@ def test_a_later_reader_counts_only_through_names_from_before_the_write() -> Non
     gm = chain_graph("a=relu(x)", "v=detach(a)", "w=relu_(a)", "b=tanh(v)", "c=tanh(w)")
     nodes = named(gm)
     assert aliasing_of(gm).reader_after(nodes["a"], nodes["w"]) is nodes["b"]
+
+
+def test_a_later_reader_of_any_earlier_name_counts() -> None:
+    """The name that is read last is not the newest one."""
+    gm = chain_graph("a=relu(x)", "v=detach(a)", "u=detach(v)", "w=relu_(u)", "b=tanh(a)")
+    nodes = named(gm)
+    assert aliasing_of(gm).reader_after(nodes["u"], nodes["w"]) is nodes["b"]
+
+
+def test_values_may_be_united_twice() -> None:
+    """An unknown function takes a value and a view of it, which are one class already."""
+    graph = fx.Graph()
+    a = graph.call_function(torch.relu, (graph.placeholder("x"),))
+    v = graph.call_function(torch.detach, (a,))
+    both = graph.call_function(torch.broadcast_tensors, (a, v))
+    w = graph.call_function(torch.relu_, (both,))
+    end = graph.output(w)
+    aliasing = aliasing_of(fx.GraphModule(nn.Module(), graph))
+    assert aliasing.writer_between(a, a, end, []) is w
 
 
 def test_external_memory_is_an_input_or_an_attribute() -> None:

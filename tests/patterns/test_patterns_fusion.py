@@ -143,6 +143,10 @@ ADDS: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
     "operator, second, relu": ("conv2d-add-relu", lambda y, o: (o + y).relu()),
     "torch.add, relu": ("conv2d-add-relu", lambda y, o: torch.relu(torch.add(y, o))),
     "method, in-place relu": ("conv2d-add-relu", lambda y, o: y.add_(o).relu_()),
+    "operator, relu6": ("conv2d-add-relu6", lambda y, o: F.relu6(y + o)),
+    "operator, hardtanh": ("conv2d-add-hardtanh", lambda y, o: F.hardtanh(o + y, 0.0, 6.0)),
+    "operator, clamp": ("conv2d-add-clamp", lambda y, o: (y + o).clamp_min(0)),
+    "silu is not among them": ("conv2d-add", lambda y, o: F.silu(y + o)),
 }
 
 
@@ -159,16 +163,24 @@ def test_a_convolution_with_a_residual(
     assert report.refusals == ()
 
 
-def test_a_residual_is_preferred_to_the_clamp_after_it(trace: Trace) -> None:
+def test_a_residual_takes_the_clamp_after_it(trace: Trace) -> None:
     x = torch.ones(1, 2, 4, 4)
     report = match_all(trace(Residual(lambda y, o: F.relu6(y + o)), x, x), FUSION_PATTERNS)
+    assert [str(match) for match in report.matches] == ["conv2d-add-relu6(conv, add, relu6)"]
+    assert report.refusals == ()
+
+
+def test_a_residual_without_the_clamp_that_a_guard_refused(trace: Trace) -> None:
+    """The match is there, and the report says why it is not longer."""
+    x = torch.ones(1, 2, 4, 4)
+    gm = trace(Residual(lambda y, o: (y + o).clamp(max=o)), x, x)
+    report = match_all(gm, FUSION_PATTERNS)
     assert [str(match) for match in report.matches] == ["conv2d-add(conv, add)"]
-    (miss,) = report.refusals
-    assert (miss.pattern.name, miss.anchor, miss.guard) == ("add-relu6", "add", "claimed")
-    assert miss.reason == (
-        "the match of 'conv2d-add' that begins at 'conv' has already taken 'add'"
-    )
-    assert miss.culprits == ("add",)
+    found = [(miss.pattern.name, miss.anchor, miss.guard) for miss in report.refusals]
+    assert found == [
+        ("conv2d-add-clamp", "conv", "constant_bounds"),
+        ("add-clamp", "add", "constant_bounds"),
+    ]
 
 
 REFUSED_ADDS: dict[str, tuple[Callable[[Tensor, Tensor], Any], str, str, tuple[str, ...]]] = {

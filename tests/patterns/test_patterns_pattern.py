@@ -98,7 +98,7 @@ def test_the_library_covers_what_it_promises() -> None:
         *(f"{kind}-{act}" for kind in (*convs, "linear") for act in acts),
         *(f"{kind}-{act}" for kind in ("bn", "add", "mul", "matmul", "bmm") for act in clamps),
         "conv2d-add",
-        "conv2d-add-relu",
+        *(f"conv2d-add-{act}" for act in clamps),
         "cat-relu",
     }
 

@@ -1,0 +1,159 @@
+"""Which kernels a model really runs: counted by PyTorch's profiler, for the whole and by node."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx, nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+_INT8_PREFIXES: Final = ("quantized::", "onednn::q")
+_PREPARING: Final = ("_prepack", "_unpack")  # not arithmetic on activations
+_FLOAT_COMPUTE: Final = frozenset(
+    {f"aten::conv{d}d" for d in (1, 2, 3)}
+    | {f"aten::conv_transpose{d}d" for d in (1, 2, 3)}
+    | {
+        f"aten::{name}"
+        for name in (
+            "_addmm_activation",
+            "_convolution",
+            "_native_multi_head_attention",
+            "_slow_conv2d_forward",
+            "_transformer_encoder_layer_fwd",
+            "addbmm",
+            "addmm",
+            "addmv",
+            "baddbmm",
+            "bilinear",
+            "bmm",
+            "convolution",
+            "dot",
+            "einsum",
+            "gru",
+            "gru_cell",
+            "linear",
+            "lstm",
+            "lstm_cell",
+            "matmul",
+            "mkldnn_convolution",
+            "mkldnn_linear",
+            "mkldnn_rnn_layer",
+            "mm",
+            "mv",
+            "rnn_relu",
+            "rnn_tanh",
+            "scaled_dot_product_attention",
+            "tensordot",
+            "thnn_conv2d",
+        )
+    }
+)
+"""Operators that multiply and accumulate in floating point; they call each other."""
+
+_MARK: Final = "fxquant node "
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """Counts of kernel calls.
+
+    Attributes:
+        int8: name of an int8 operator -> calls.
+        floats: name of a float operator that multiplies and accumulates -> outermost calls.
+    """
+
+    int8: Counter[str] = field(default_factory=Counter)
+    floats: Counter[str] = field(default_factory=Counter)
+
+
+def kernels_of_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Kernels:
+    """The kernels of one call of ``model``, as users make it."""
+    return _count(_events(lambda: model(*args, **kwargs)))
+
+
+def kernels_by_node(
+    gm: fx.GraphModule, inputs: tuple[Any, ...]
+) -> tuple[dict[str, Kernels], dict[str, torch.dtype]]:
+    """The kernels that each node of a graph runs, and the dtype of each tensor that a node gives.
+
+    Args:
+        gm: the module.
+        inputs: a value for each input, in order.
+    """
+    runner = _MarkingInterpreter(gm)
+    events = _events(lambda: runner.run(*inputs))
+    found: dict[str, list[Any]] = {}
+    for event in events:
+        mark = next((e.name for e in _ancestors(event) if e.name.startswith(_MARK)), None)
+        if mark is not None:
+            found.setdefault(mark.removeprefix(_MARK), []).append(event)
+    return {name: _count(part) for name, part in found.items()}, runner.dtypes
+
+
+class _MarkingInterpreter(fx.Interpreter):
+    """Runs a graph with a mark in the profile around every node."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.dtypes: dict[str, torch.dtype] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run ``n`` under a mark."""
+        with record_function(f"{_MARK}{n.name}"):
+            value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.dtypes[n.name] = value.dtype
+        return value
+
+
+def _events(run: Callable[[], object]) -> list[Any]:
+    with torch.no_grad(), _quiet_profiler(), profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run()
+    return list(profiler.events() or ())
+
+
+def _count(events: Iterable[Any]) -> Kernels:
+    kernels = Kernels()
+    for event in events:
+        above = {parent.name for parent in _ancestors(event)}
+        if any(map(_is_int8, above)):
+            continue  # what an int8 kernel does inside is its own business
+        if _is_int8(event.name):
+            kernels.int8[event.name] += 1
+        elif event.name in _FLOAT_COMPUTE and not above & _FLOAT_COMPUTE:
+            kernels.floats[event.name] += 1
+    return kernels
+
+
+def _is_int8(name: str) -> bool:
+    return name.startswith(_INT8_PREFIXES) and not name.endswith(_PREPARING)
+
+
+def _ancestors(event: Any) -> Iterator[Any]:
+    parent = event.cpu_parent
+    while parent is not None:
+        yield parent
+        parent = parent.cpu_parent
+
+
+@contextmanager
+def _quiet_profiler() -> Iterator[None]:
+    """Keep the profiler's library from printing two lines to stderr whenever it starts and stops.
+
+    It reads its log level once, when it is first used; a level that the user set stays.
+    """
+    name = "KINETO_LOG_LEVEL"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "99"
+    try:
+        yield
+    finally:
+        del os.environ[name]
