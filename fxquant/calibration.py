@@ -39,6 +39,7 @@ from fxquant.errors import (
     did_you_mean,
 )
 from fxquant.graph_module import QuantGraphModule, Stage
+from fxquant.inputs import BoundInterpreter, bind_inputs
 from fxquant.metadata import record_of, tensor_records
 from fxquant.observed import was_observed
 from fxquant.passes.to_reference import is_observer
@@ -332,42 +333,26 @@ class _Run:
     def _located(self) -> str:
         """The node that fails, and how: found by running the graph without its observers."""
         args, kwargs = self._arguments
-        locator = _Locator(self.gm)
         try:
-            locator.run(*locator.placed(args, kwargs))
+            locator = _Locator(self.gm, bind_inputs(self.gm, args, kwargs))
+        except TypeError:
+            return ""
+        try:
+            locator.run()
         except Exception as error:  # noqa: BLE001  # the same failure; its place is wanted
             node = locator.current
-            if node is not None:
-                return f"at node {node.name!r} ({node.op} {_target(node)}): {_first_line(error)}"
+            return f"at node {node.name!r} ({node.op} {_target(node)}): {_first_line(error)}"
         return ""
 
 
-class _Locator(fx.Interpreter):
+class _Locator(BoundInterpreter):
     """Runs a prepared graph without its observers and remembers the node it is at."""
 
-    def __init__(self, gm: QuantGraphModule) -> None:
-        super().__init__(gm)
-        self.current: fx.Node | None = None
-
-    def placed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """Arguments in the order of the placeholders.
-
-        Raises:
-            TypeError: the model takes any keyword, which an interpreter cannot be given.
-        """
-        nodes = [node for node in self.graph.nodes if node.op == "placeholder"]
-        if any(str(node.target).startswith("**") for node in nodes):
-            raise TypeError("**kwargs")
-        rest = [
-            kwargs[str(n.target)] if str(n.target) in kwargs else n.args[0]
-            for n in nodes[len(args) :]
-            if str(n.target) in kwargs or n.args
-        ]
-        return (*args, *rest)
+    current: fx.Node
 
     def run_node(self, n: fx.Node) -> Any:
         """Run ``n``; an observer gives what it gets."""
-        self.current = n if n.op != "placeholder" else None
+        self.current = n
         return self.env[n.all_input_nodes[0]] if _is_watcher(n) else super().run_node(n)
 
 

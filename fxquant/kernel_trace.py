@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -12,6 +13,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx, nn
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.flop_counter import FlopCounterMode
+
+from fxquant.inputs import BoundInterpreter
 
 _INT8_PREFIXES: Final = ("quantized::", "onednn::q")
 _PREPARING: Final = ("_prepack", "_unpack")  # not arithmetic on activations
@@ -72,35 +76,44 @@ class Kernels:
     floats: Counter[str] = field(default_factory=Counter)
 
 
-def kernels_of_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Kernels:
+def kernels_of_call(model: nn.Module, bound: inspect.BoundArguments) -> Kernels:
     """The kernels of one call of ``model``, as users make it."""
-    return _count(_events(lambda: model(*args, **kwargs)))
+    return _count(_events(lambda: model(*bound.args, **bound.kwargs)))
 
 
 def kernels_by_node(
-    gm: fx.GraphModule, inputs: tuple[Any, ...]
+    gm: fx.GraphModule, bound: inspect.BoundArguments
 ) -> tuple[dict[str, Kernels], dict[str, torch.dtype]]:
-    """The kernels that each node of a graph runs, and the dtype of each tensor that a node gives.
-
-    Args:
-        gm: the module.
-        inputs: a value for each input, in order.
-    """
-    runner = _MarkingInterpreter(gm)
-    events = _events(lambda: runner.run(*inputs))
+    """The kernels that each node of a graph runs, and the dtype of each tensor that a node gives."""
+    runner = _Marking(gm, bound)
     found: dict[str, list[Any]] = {}
-    for event in events:
+    for event in _events(runner.run):
         mark = next((e.name for e in _ancestors(event) if e.name.startswith(_MARK)), None)
         if mark is not None:
             found.setdefault(mark.removeprefix(_MARK), []).append(event)
     return {name: _count(part) for name, part in found.items()}, runner.dtypes
 
 
-class _MarkingInterpreter(fx.Interpreter):
+def macs_by_node(
+    gm: fx.GraphModule, bound: inspect.BoundArguments, names: Collection[str]
+) -> dict[str, int]:
+    """Multiply-accumulates that PyTorch counts below the named nodes, which run in floating point."""
+    runner = _Counting(gm, bound, names)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its one operator is not counted
+    try:
+        with torch.no_grad():
+            runner.run()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return runner.macs
+
+
+class _Marking(BoundInterpreter):
     """Runs a graph with a mark in the profile around every node."""
 
-    def __init__(self, gm: fx.GraphModule) -> None:
-        super().__init__(gm)
+    def __init__(self, gm: fx.GraphModule, bound: inspect.BoundArguments) -> None:
+        super().__init__(gm, bound)
         self.dtypes: dict[str, torch.dtype] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -109,6 +122,26 @@ class _MarkingInterpreter(fx.Interpreter):
             value = super().run_node(n)
         if isinstance(value, Tensor):
             self.dtypes[n.name] = value.dtype
+        return value
+
+
+class _Counting(BoundInterpreter):
+    """Runs a graph and counts the work of some of its nodes."""
+
+    def __init__(
+        self, gm: fx.GraphModule, bound: inspect.BoundArguments, names: Collection[str]
+    ) -> None:
+        super().__init__(gm, bound)
+        self.names = names
+        self.macs: dict[str, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run ``n``, counting where asked."""
+        if n.name not in self.names:
+            return super().run_node(n)
+        with FlopCounterMode(display=False) as counter:
+            value = super().run_node(n)
+        self.macs[n.name] = counter.get_total_flops() // 2  # a multiply and an add
         return value
 
 

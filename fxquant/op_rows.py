@@ -132,10 +132,8 @@ class _Reader:
         }
         carrier = self.carriers.get(entry.name)
         if carrier is None:
-            fate = self.fates.get(entry.name) or (
-                "no node of the graph carries it out: the graph was changed by hand"
-            )
-            return OpRow(**known, runs=Runs.NOTHING, fate=fate)
+            fate = self.fates.get(entry.name, "")
+            return OpRow(**known, runs=Runs.NOTHING, fate=fate, reason="" if fate else _ASTRAY)
         record = record_of(carrier)
         known |= {
             "rule": record.rule or "none",
@@ -166,9 +164,7 @@ class _Reader:
 
     def _head(self, carrier: fx.Node) -> str:
         """The op that gives ``carrier`` its name in reports; an input stands for itself."""
-        if carrier.op == "placeholder":
-            return str(carrier.target)
-        return next(o for o in record_of(carrier).origins if o in self.entries)
+        return str(carrier.target) if carrier.op == "placeholder" else record_of(carrier).origins[0]
 
     def _carried(
         self, known: dict[str, Any], entry: OpEntry, carrier: fx.Node, head: str
@@ -236,6 +232,12 @@ class _Reader:
                 f"in pattern {record.fusion.pattern!r} with {first.name!r}, which is in FP32:"
                 f" {self._reason(first)}"
             )
+        source = next(iter(node.all_input_nodes), None)
+        if not self.entries.keys() & set(record.origins[:1]) and source is not None:
+            why = (
+                "an input of the model" if source.op == "placeholder" else self._reason(source)
+            )
+            return f"it hands on what {source.name!r} gives in FP32: {why}"
         return NO_REASON.format(name=node.name)
 
     def _float_epilogue(self, node: fx.Node) -> bool:
@@ -304,7 +306,7 @@ class _Reader:
         if self.state.stage is Stage.LOWERED:
             return self._lowered_parameters(node)
         fusion = record_of(node).fusion
-        last = self.nodes.get(fusion.last, node) if fusion is not None else node
+        last = node if fusion is None else self._members(fusion)[-1]
         for user in last.users:
             if user.target is QUANTIZE:
                 return self._tensor(user.args[1]), self._tensor(user.args[2])
@@ -347,6 +349,7 @@ class _Reader:
         return value if isinstance(value, Tensor) else None
 
 
+_ASTRAY: Final = "no node of the graph carries it out: the graph was changed by hand"
 NO_REASON: Final = (
     "nothing was recorded about {name!r}; please report this with the model: every op in FP32 has"
     " a reason"

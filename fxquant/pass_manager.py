@@ -37,6 +37,7 @@ class Fact(Enum):
     REFERENCE = "the graph is quantize, dequantize and float ops"
     ABSORBED = "clamps that the output range expresses are gone"
     CANCELLED = "no redundant quantize and dequantize"
+    MODULES_INLINED = "ops that stay in floating point are function calls"
     LOWERED = "ops are kernels of the target"
     PACKED = "packed constants exist"
 

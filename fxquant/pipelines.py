@@ -10,6 +10,7 @@ from fxquant.passes.correct_bias import CorrectBias
 from fxquant.passes.fold_batch_norm import FoldBatchNorm
 from fxquant.passes.functionalize import Functionalize
 from fxquant.passes.fuse_patterns import FusePatterns
+from fxquant.passes.inline_modules import InlineModules
 from fxquant.passes.insert_channel_means import InsertChannelMeans
 from fxquant.passes.insert_observers import InsertObservers
 from fxquant.passes.lower import Lower
@@ -69,6 +70,7 @@ def reference_pipeline() -> Pipeline:
             ToReference(),  # parameters are computed here, once
             AbsorbClamps(),  # needs final parameters
             CancelQuantize(),  # moved values and absorbed clamps leave pairs that do nothing
+            InlineModules(),  # what stays in FP32 needs no module objects
         ),
         given=frozenset({Fact.OBSERVED}),
     )

@@ -1,4 +1,6 @@
-"""fold-batch-norm: ``BN(Conv(x; W, b)) -> Conv(x; W*g/s, (b - m)*g/s + beta)``, ``s = sqrt(v + eps)``.
+"""fold-batch-norm: ``BN(Conv(x; W, b)) -> Conv(x; W*g/s, (b - m)*g/s + beta)``.
+
+``g``, ``beta``, ``m`` and ``v`` are those of the batch-norm, and ``s = sqrt(v + eps)``.
 
 Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference", section 3.2.
@@ -10,12 +12,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 
 from fxquant.errors import CaptureWarning, TrainingModeError
 from fxquant.graph_module import QuantGraphModule
 from fxquant.metadata import add_reason, record_of, shape_of
-from fxquant.op_view import Form, Op
+from fxquant.op_view import Op, kind_of
 from fxquant.parameters import store_parameter
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult, Refusal
 from fxquant.patterns.library import FOLD_PATTERNS
@@ -55,11 +57,12 @@ class FoldBatchNorm(Pass):
             refusals.append(
                 Refusal(node=refusal.anchor, reason=refusal.reason, culprits=refusal.culprits)
             )
-            norm_name = refusal.bound[-1] if refusal.bound else refusal.anchor
-            if norm_name in nodes:
-                before = record_of(nodes[norm_name])
-                add_reason(nodes[norm_name], f"not folded: {refusal.reason}")
-                rewriter.changes += record_of(nodes[norm_name]) != before
+            for user in nodes[refusal.anchor].users:
+                kind = kind_of(gm, user)
+                if kind is not None and kind.name == "batch_norm":
+                    before = record_of(user)
+                    add_reason(user, f"not folded: {refusal.reason}")
+                    rewriter.changes += record_of(user) != before
         return PassResult(changes=rewriter.finish(), refusals=tuple(refusals))
 
 
@@ -133,4 +136,3 @@ def _spread(base: Op, weight: Tensor, factor: Tensor) -> Tensor:
     per_group = factor.reshape(groups, 1, -1)  # weight is [in, out / groups, ...]
     spread = per_group.expand(groups, weight.shape[0] // groups, -1)
     return spread.reshape(weight.shape[0], -1, *[1] * (weight.dim() - 2))
-

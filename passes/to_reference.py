@@ -7,7 +7,7 @@ scale, zero point and integer weight as a buffer.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -30,7 +30,7 @@ from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
 from fxquant.passes.insert_observers import OBSERVER_PREFIX
 from fxquant.qconfig import QConfig, spec_of
 from fxquant.rewriter import GraphRewriter
-from fxquant.specs import QParams, QuantSpec, choose_qparams, quantize
+from fxquant.specs import QParams, QuantSpec, choose_qparams, default_range, quantize
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,9 @@ class ToReference(Pass):
     Observers of one sharing group unite their statistics first, so the group's range is that of
     the union, whatever the order of the branches. A weight that several calls read is quantized
     once. Biases stay in floating point, as in PyTorch's kernels.
+
+    A range narrower than its storage (``0..127`` in uint8) decides the scale only: every kernel,
+    and ONNX's QuantizeLinear, saturates at the ends of the storage, so quantize does here.
     """
 
     name: ClassVar[str] = "to-reference"
@@ -129,7 +132,8 @@ class _Parameters:
         qparams.validate()
         scale = self.rewriter.new_buffer(f"{source.name}_scale", qparams.scale.clone())
         zero = self.rewriter.new_buffer(f"{source.name}_zero_point", qparams.zero_point.clone())
-        return scale, zero, qparams.spec
+        low, high = default_range(qparams.spec.dtype)
+        return scale, zero, replace(qparams.spec, quant_min=low, quant_max=high)
 
 
 def _insert_pair(

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxquant.clamps import CLAMP_KINDS, bounds_of
-from fxquant.kernel_probe import exact_engine
+from fxquant.kernel_probe import exact_engine, is_exact
 from fxquant.kernels import accumulator, as_quantized
 from fxquant.lowering import Bound, IntValue, Lowering, Representation, Site, Weight
 from fxquant.metadata import add_reason, shape_of
-from fxquant.op_view import Op
+from fxquant.op_view import Op, attribute
 from fxquant.targets.guards import resolve_padding
 
 Emitter = Callable[[Site], str | None]
@@ -73,14 +73,36 @@ def _geometry(op: Op) -> tuple[list[int], list[int], list[int], int]:
     )
 
 
+def _convolution_form(lowering: Lowering, weight: Weight, groups: int) -> str:
+    """What :mod:`fxquant.kernel_probe` calls a convolution with this weight."""
+    if groups == 1:
+        return "conv"
+    return "depthwise" if _tensor(lowering, weight.integers).shape[1] == 1 else "grouped"
+
+
+def _tensor(lowering: Lowering, node: fx.Node) -> torch.Tensor:
+    value = attribute(lowering.gm, str(node.target))
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def _saturates(form: str) -> str | None:
+    """Kernels that only oneDNN has are refused where it saturates: int8 would be plainly wrong."""
+    if is_exact(form, "onednn"):
+        return None
+    return (
+        f"oneDNN's int8 kernel saturates on this CPU (no VNNI): {form} with a float result or a"
+        " fused function has no exact kernel here"
+    )
+
+
 def _emit_packed_convolution(
     site: Site, x: IntValue, weight: Weight, clamp: Op | None
 ) -> str | None:
     lowering, op = site.lowering, site.op
     dimensions = int(op.name[-2])
     stride, padding, dilation, groups = _geometry(op)
-    depthwise = groups > 1
-    engine = exact_engine("depthwise" if depthwise else "conv")
+    engine = exact_engine(_convolution_form(lowering, weight, groups))
     packed = lowering.pack(
         "conv",
         (
@@ -115,6 +137,9 @@ def _emit_pointwise_convolution(
 ) -> str | None:
     lowering, op = site.lowering, site.op
     stride, padding, dilation, groups = _geometry(op)
+    inexact = _saturates(_convolution_form(lowering, weight, groups))
+    if inexact is not None:
+        return inexact
     packed = lowering.pack(
         "onednn-conv",
         (weight.integers, weight.scale, stride, padding, dilation, groups),
@@ -162,6 +187,9 @@ def _emit_residual(site: Site, x: IntValue, weight: Weight, add: Op) -> str | No
             site, lambda s: _emit_pointwise_convolution(s, x, weight, ("none", [], ""))
         )
     stride, padding, dilation, groups = _geometry(op)
+    inexact = _saturates(_convolution_form(lowering, weight, groups))
+    if inexact is not None:
+        return inexact
     packed = lowering.pack(
         "onednn-conv",
         (weight.integers, weight.scale, stride, padding, dilation, groups),
@@ -293,6 +321,9 @@ def _emit_pointwise_linear(
     site: Site, x: IntValue, weight: Weight, post: tuple[str, list[Any], str]
 ) -> str | None:
     lowering = site.lowering
+    inexact = _saturates("linear")
+    if inexact is not None:
+        return inexact
     packed = lowering.pack("onednn-linear", (weight.integers,), at=site.last)
     attr, scalars, algorithm = post
     node = lowering.emit(
@@ -398,11 +429,12 @@ def _post_op(
 
 def _emit_float_head(site: Site, emit: Callable[[Site], str | None]) -> str | None:
     """Compute the first op in int8 with a float result; what follows stays in floating point."""
-    for op in site.epilogues:
+    refused = emit(Site(op=site.op, epilogues=(), quantize=None, lowering=site.lowering))
+    for op in site.epilogues if refused is None else ():
         add_reason(
             op.node, "runs in FP32 on the kernel's float accumulator, before it is quantized"
         )
-    return emit(Site(op=site.op, epilogues=(), quantize=None, lowering=site.lowering))
+    return refused
 
 
 # -- element-wise and the rest ------------------------------------------------------------------
