@@ -343,14 +343,20 @@ class HistogramCollector(Collector):
     The bins lie on a grid ``[i * 2**e, (i + 1) * 2**e)`` with the smallest ``e`` for which the
     observed range needs no more than ``bins`` of them (so more than half are in use). When the
     range grows past that, ``e`` grows too and whole bins merge: no count is ever split or spread.
-    The statistics are therefore a function of the *set* of values alone, whatever the order of
-    the batches, the number of threads, or the way streams were united.
+    The statistics are therefore a function of the *set* of counted values alone, whatever the
+    order of the batches, the number of threads, or the way streams were united.
+
+    Counting is what calibration costs beyond the forward pass, so of a tensor with more than
+    ``count_limit`` values only every ``k``-th is counted, ``k`` times; ``k`` is coprime to every
+    dimension, so that no row, column or channel is preferred. ``min_val`` and ``max_val`` always
+    see all values, and their bins are never empty.
 
     Buffers beyond those of the base: ``histogram`` (int64 ``[bins]``), ``exponent`` (``e``) and
     ``first_bin`` (the ``i`` of ``histogram[0]``).
 
     Args:
         bins: the most bins in use, at least 2.
+        count_limit: the most values counted of one tensor; ``None`` counts all.
         device: where the statistics live.
     """
 
@@ -362,15 +368,25 @@ class HistogramCollector(Collector):
     SMALLEST_EXPONENT: Final[int] = -100
 
     bins: int
+    count_limit: int
     histogram: Tensor
     exponent: Tensor
     first_bin: Tensor
 
-    def __init__(self, bins: int = 2048, *, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        bins: int = 2048,
+        *,
+        count_limit: int | None = 1 << 17,
+        device: torch.device | str | None = None,
+    ) -> None:
         super().__init__(device=device)
+        if count_limit is not None and count_limit < 1:
+            raise ConfigError(f"count_limit must be at least 1, or None, got {count_limit}")
         if not 2 <= bins <= 1 << 20:
             raise ConfigError(f"bins must be between 2 and {1 << 20}, got {bins}")
         self.bins = bins
+        self.count_limit = 1 << 62 if count_limit is None else count_limit
         zero = torch.zeros((), dtype=torch.int64, device=device)
         self.register_buffer("histogram", torch.zeros(bins, dtype=torch.int64, device=device))
         self.register_buffer("exponent", zero)
@@ -392,7 +408,11 @@ class HistogramCollector(Collector):
         if smallest < float(self.min_val) or largest > float(self.max_val):
             self._widen(low, high)
             self._fit_grid(self.SMALLEST_EXPONENT)
-        self._count(values)
+        stride = _stride(values.numel(), self.count_limit)
+        self._count(values[::stride], stride)
+        if stride > 1:
+            self._hold(smallest)
+            self._hold(largest)
         self.num_batches += 1
 
     def reset(self) -> None:
@@ -420,7 +440,12 @@ class HistogramCollector(Collector):
         counts = self.histogram[:used].to("cpu", torch.float64)
         return Histogram(counts, first * width, width, low, high)
 
-    def _count(self, values: Tensor) -> None:
+    def _hold(self, value: float) -> None:
+        """Count ``value`` once where nothing of its bin was counted."""
+        number = math.floor(value / 2.0 ** int(self.exponent)) - int(self.first_bin)
+        self.histogram[number].clamp_(min=1)
+
+    def _count(self, values: Tensor, weight: int) -> None:
         # Scaling by a power of two is exact, so floor() finds the bin without rounding. Only with
         # bins wider than 1 can a product be too small for float32, and float64 is taken.
         exponent = int(self.exponent)
@@ -430,8 +455,8 @@ class HistogramCollector(Collector):
         size = min(self.CPU_CHUNK if on_cpu else self.DEVICE_CHUNK, values.numel())
         # A spike (the zeros of a ReLU) makes one counter wait for itself again and again, so
         # neighbouring values of a long row are counted in different lanes, added up at the end.
-        lanes = self.LANES if on_cpu and size == self.CPU_CHUNK else 1
-        start = self._lane_starts(size, values.device) - first if lanes > 1 else None
+        lanes = self.LANES if on_cpu and size >= self.bins * self.LANES else 1
+        start = self._lane_starts(values.device)[:size] - first if lanes > 1 else None
         counts = torch.zeros(lanes * self.bins, dtype=torch.int64, device=values.device)
         scaled = torch.empty(size, dtype=torch.float32, device=values.device)
         index = torch.empty(size, dtype=torch.int32, device=values.device)
@@ -449,12 +474,13 @@ class HistogramCollector(Collector):
                 where.sub_(first)
             number = index[:length].copy_(where)
             counts += torch.bincount(number, minlength=lanes * self.bins)
-        self.histogram += counts.view(lanes, self.bins).sum(0)
+        self.histogram += counts.view(lanes, self.bins).sum(0) * weight
 
-    def _lane_starts(self, size: int, device: torch.device) -> Tensor:
+    def _lane_starts(self, device: torch.device) -> Tensor:
         if is_scripting():
-            return (torch.arange(size, device=device) % self.LANES * self.bins).to(torch.float32)
-        return _cached_lane_starts(size, self.LANES, self.bins, device)
+            lane = torch.arange(self.CPU_CHUNK, device=device) % self.LANES
+            return (lane * self.bins).to(torch.float32)
+        return _cached_lane_starts(self.CPU_CHUNK, self.LANES, self.bins, device)
 
     def _fit_grid(self, at_least: int) -> None:
         """Coarsen and shift the grid until it holds ``[min_val, max_val]``."""
@@ -534,6 +560,14 @@ def _flat(x: Tensor) -> Tensor:
         elif x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
             x = x.permute(0, 2, 3, 4, 1)
     return x.reshape(-1)
+
+
+def _stride(count: int, limit: int) -> int:
+    """The smallest ``k`` that leaves at most ``limit`` of ``count`` values and is coprime to it."""
+    stride = (count + limit - 1) // limit
+    while math.gcd(stride, count) != 1:
+        stride += 1
+    return stride
 
 
 def _finest_exponent(low: float, high: float, bins: int, at_least: int) -> int:

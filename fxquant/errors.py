@@ -18,6 +18,7 @@
     |-- CalibrationError (ValueError)             the calibration data cannot be used
     |   `-- NonFiniteStatisticError               NaN or Inf reached an observer
     |-- LoweringError                             no kernel of the target can run the op as asked
+    |-- ArtifactError (ValueError)                a saved model cannot be written or read
     |-- CoverageError (AssertionError)            assert_int8 found less int8 than asked for
     |-- StrictModeError                           a warning under strict=True
     |-- DataNotFoundError (FileNotFoundError)     weights or data are not where they were looked for
@@ -101,6 +102,10 @@ class NonFiniteStatisticError(CalibrationError):
 
 class LoweringError(FxQuantError):
     """No kernel of the target can run an op as it was asked to."""
+
+
+class ArtifactError(FxQuantError, ValueError):
+    """A saved model cannot be written or read."""
 
 
 class CoverageError(FxQuantError, AssertionError):

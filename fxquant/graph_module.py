@@ -83,6 +83,8 @@ class GraphState:
         packs: the packed constants.
         shapes_known: example inputs ran, so that tensor nodes have value records.
         signature: names of the inputs.
+        reference: of a lowered graph: the reference graph it was made from, to be saved and
+            lowered again on another machine.
     """
 
     stage: Stage = Stage.FLOAT
@@ -92,6 +94,7 @@ class GraphState:
     packs: tuple[PackRecord, ...] = ()
     shapes_known: bool = False
     signature: tuple[str, ...] = ()
+    reference: tuple[EncodedNode, ...] = ()
 
 
 class QuantGraphModule(fx.GraphModule):

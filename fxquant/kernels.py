@@ -23,3 +23,16 @@ def accumulator(other: Tensor, x: Tensor) -> Tensor:
     if other.shape[0] != x.shape[0]:
         other = other.expand(x.shape[0], -1, -1, -1)
     return other.contiguous(memory_format=torch.channels_last)
+
+
+def interleave(x: Tensor, height: int, width: int) -> Tensor:
+    """``[N, height * width * C, H, W] -> [N, C, H * height, W * width]``, in channels_last.
+
+    Each pixel becomes a block; the channels of ``x`` are the block's pixels in order, ``C`` of
+    each (``pixel_shuffle`` has the channels in another order, and copies single bytes).
+    """
+    batch, channels, rows, columns = x.shape
+    each = channels // (height * width)
+    blocks = x.permute(0, 2, 3, 1).reshape(batch, rows, columns, height, width * each)
+    pixels = blocks.transpose(2, 3).reshape(batch, rows * height, columns * width, each)
+    return pixels.permute(0, 3, 1, 2)

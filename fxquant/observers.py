@@ -591,8 +591,10 @@ class HistogramObserver(UniformQuantizationObserverBase):
     """Keeps a histogram and lets a rule choose the range; per tensor.
 
     Args: ``bins``, the most histogram bins; ``rule``, any of :mod:`fxquant.range_rules`, default
-        :class:`~fxquant.range_rules.MSERule`; else see :class:`UniformQuantizationObserverBase`.
-        The attribute ``rule`` may be replaced after calibration.
+        :class:`~fxquant.range_rules.MSERule`; ``count_limit``, the most values counted of one
+        tensor (``None``: all), see :class:`~fxquant.collectors.HistogramCollector`; else see
+        :class:`UniformQuantizationObserverBase`. The attribute ``rule`` may be replaced after
+        calibration.
     """
 
     bins: int
@@ -610,9 +612,10 @@ class HistogramObserver(UniformQuantizationObserverBase):
         is_dynamic: bool = False,
         *,
         rule: RangeRule | None = None,
+        count_limit: int | None = 1 << 17,
     ) -> None:
         super().__init__(
-            HistogramCollector(bins, device=_device_of(factory_kwargs)),
+            HistogramCollector(bins, count_limit=count_limit, device=_device_of(factory_kwargs)),
             MSERule() if rule is None else rule,
             dtype=dtype,
             qscheme=qscheme,

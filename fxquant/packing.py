@@ -108,6 +108,21 @@ def pack_conv_transpose(
         )
 
 
+def pack_non_overlapping(
+    weight: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, engine_name: str
+) -> Any:
+    """Pack a transposed weight ``[I, O, h, w]``, stride ``(h, w)``, as ``[h * w * O, I, 1, 1]``."""
+    inputs, _, height, width = weight.shape
+    blocks = weight.permute(2, 3, 1, 0).reshape(-1, inputs, 1, 1)
+    times = height * width
+    if scale.dim() > 0:
+        scale, zero_point = scale.repeat(times), zero_point.repeat(times)
+    bias = None if bias is None else bias.repeat(times)
+    return pack_conv(
+        blocks, scale, zero_point, bias, 2, [1, 1], [0, 0], [1, 1], 1, engine_name
+    )
+
+
 def pack_linear(
     weight: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, engine_name: str
 ) -> Any:
@@ -154,6 +169,7 @@ class Packer:
 PACKERS: dict[str, Packer] = {
     "conv": Packer(pack_conv, 4),
     "conv-transpose": Packer(pack_conv_transpose, 4),
+    "conv-transpose-non-overlapping": Packer(pack_non_overlapping, 4),
     "linear": Packer(pack_linear, 4),
     "onednn-conv": Packer(pack_onednn_conv, 2),
     "onednn-linear": Packer(pack_onednn_linear, 1),

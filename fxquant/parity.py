@@ -54,6 +54,7 @@ APPROXIMATION: Final[Mapping[str, float]] = {
 """Kind -> how far oneDNN's approximation of the function is off, relative to its argument."""
 
 _UNIT: Final[float] = 2.0**-24
+_FINISHING: Final = ("aten::clamp on int8", "interleave on bytes")
 _MADE_HERE: Final = (Lower.name, Prepack.name)
 
 
@@ -461,10 +462,12 @@ def _kinds(region: _Region) -> str:
 
 
 def _kernel(lowered: fx.Node) -> str:
-    """The kernel of a lowered node; with what it clamps, where a clamp stands last."""
-    kernel = record_of(lowered).kernel
-    before = lowered.args[0] if lowered.args else None
-    if kernel == "aten::clamp on int8" and isinstance(before, fx.Node):
-        return f"{record_of(before).kernel}, {kernel}"
-    return kernel
-
+    """The kernel of a lowered node, and what finishes its result: ``kernel, clamp, ...``."""
+    found = [record_of(lowered).kernel]
+    while found[0] in _FINISHING:
+        source = lowered.args[0]
+        assert isinstance(source, fx.Node)
+        lowered = source
+        if record_of(lowered).kernel:
+            found.insert(0, record_of(lowered).kernel)
+    return ", ".join(found)

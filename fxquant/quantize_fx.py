@@ -19,6 +19,7 @@ from fxquant.errors import (
     NotAGraphModuleError,
     NotPreparedError,
 )
+from fxquant.graph_codec import encode_graph
 from fxquant.graph_module import QuantGraphModule, Stage
 from fxquant.ledger import build_ledger
 from fxquant.pass_manager import PassContext
@@ -123,6 +124,7 @@ def convert_fx(prepared: nn.Module, *, strict: bool = False) -> QuantGraphModule
     """
     gm, context = _reference(prepared, "convert_fx", strict=strict)
     if context.target.executes:
+        gm.update_state(reference=tuple(encode_graph(gm.graph)))
         lowering_pipeline().run(gm, context)
     return gm
 

@@ -200,6 +200,7 @@ class GraphRewriter:
             used.update(name for _, name in record_of(node).bound)
         for pack in self.gm.state.packs:
             used.update((pack.name, *pack.tensors))
+        used.update(n.target for n in self.gm.state.reference if n.op == "get_attr")
         parts = [path.split(".") for path in used]
         holders = {".".join(atoms[:i]) for atoms in parts for i in range(1, len(atoms) + 1)}
         for path in dict.fromkeys(self._orphans):

@@ -47,7 +47,12 @@ class InsertObservers(Pass):
                 observer.owner = f"{path} (output of {value.name!r})"
                 gm.add_module(path, _on_device(observer, gm))
                 node = rewriter.module_call(
-                    path, (value,), after=value, like=value, share_group=_group(value)
+                    path,
+                    (value,),
+                    after=value,
+                    like=value,
+                    share_group=_group(value),
+                    qconfig=request.qconfig,
                 )
                 for reader in request.readers:
                     rewriter.replace_argument(reader, value, node)

@@ -10,6 +10,7 @@ from torch import fx
 from fxquant.errors import ConfigWarning, UnmatchedRuleError, did_you_mean
 from fxquant.graph_module import QuantGraphModule
 from fxquant.metadata import record_of, update_record
+from fxquant.op_catalog import KIND_BY_METHOD
 from fxquant.op_view import OUT_OF_PLACE_OPERATORS, type_of
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
 from fxquant.qconfig_mapping import QConfigMapping, resolve
@@ -61,7 +62,7 @@ class PropagateQConfigs(Pass):
             if ("module_name", name) not in matched and name not in paths:
                 problems.append(
                     f"module_name rule {name!r} matches no module of the model"
-                    + did_you_mean(name, paths)
+                    + (did_you_mean(name, paths) or _method_hint(name))
                 )
             elif ("module_name", name) not in matched:
                 context.diagnostics.warn(
@@ -88,18 +89,16 @@ class PropagateQConfigs(Pass):
             raise UnmatchedRuleError(
                 "; ".join(problems) + ". Correct the rule or remove it; nothing was quantized"
             )
-        if mapping.is_default:
-            return
         for kind in mapping.object_type_qconfigs:
-            if ("object_type", kind) not in matched and not _is_default_type(mapping, kind):
+            if ("object_type", kind) not in matched and kind not in mapping.default_object_types:
                 name = kind if isinstance(kind, str) else getattr(kind, "__name__", repr(kind))
                 context.diagnostics.warn(
                     f"object_type rule {name!r} matches no op of the model", ConfigWarning
                 )
 
 
-def _is_default_type(mapping: QConfigMapping, kind: object) -> bool:
-    return kind in getattr(mapping, "default_object_types", frozenset())
+def _method_hint(name: str) -> str:
+    return "; the name of a method goes under object_type" if name in KIND_BY_METHOD else ""
 
 
 def _subject(gm: QuantGraphModule, node: fx.Node) -> dict[str, Any]:

@@ -143,17 +143,57 @@ def test_a_spike_at_one_value_is_counted_exactly() -> None:
     # More than 2**24 equal values: a float32 counter would have stopped there.
     x = torch.zeros(2**24 + 3)
     x[0], x[-1] = -1.0, 1.0
-    collector = HistogramCollector(16)
+    collector = HistogramCollector(16, count_limit=None)
     collector(x)
     assert int(collector.histogram.max()) == 2**24 + 1
 
 
 def test_long_rows_are_counted_in_lanes_and_short_ones_are_not() -> None:
     x = torch.randn(3 * HistogramCollector.CPU_CHUNK + 17).relu()
-    whole, parts = HistogramCollector(512), HistogramCollector(512)
+    whole, parts = (HistogramCollector(512, count_limit=None) for _ in range(2))
     whole(x)
     observed(parts, list(x.split(1000)))
     assert torch.equal(whole.histogram, parts.histogram)
+
+
+def test_of_long_rows_every_kth_value_is_counted_k_times() -> None:
+    x = torch.randn(6, 1000)
+    collector = HistogramCollector(64, count_limit=1500)
+    collector(x)
+    # 4 would do but divides 6000; 7 is the next that shares no factor with it.
+    sample = HistogramCollector(64)
+    sample(torch.cat([x.flatten()[::7], x.min()[None], x.max()[None]]))
+    assert float(collector.min_val) == float(x.min())
+    assert float(collector.max_val) == float(x.max())
+    inner = slice(1, len(collector.to_histogram().counts) - 1)
+    assert torch.equal(collector.histogram[inner], sample.histogram[inner] * 7)
+    counts = collector.to_histogram().counts
+    assert counts[0] >= 1
+    assert counts[-1] >= 1
+
+
+def test_no_axis_is_preferred_where_values_are_left_out() -> None:
+    # A channel for each value: with a stride that shares a factor, channels would be missing.
+    for shape in ((8, 64, 12, 12), (8, 12, 12, 64)):
+        axis = 1 if shape[1] == 64 else 3
+        view = [1, 1, 1, 1]
+        view[axis] = 64
+        x = torch.arange(64.0).view(view).expand(shape).contiguous()
+        collector = HistogramCollector(64, count_limit=5000)
+        collector(x)
+        counts = collector.to_histogram().counts
+        assert len(counts) == 64
+        assert float(counts.min()) > 0.9 * x.numel() / 64
+        assert float(counts.max()) < 1.1 * x.numel() / 64
+
+
+def test_outliers_that_are_left_out_still_count_once() -> None:
+    x = torch.randn(100_000)
+    x[1] = 1000.0
+    collector = HistogramCollector(count_limit=1000)
+    collector(x)
+    assert collector.to_histogram().counts[-1] == 1
+    assert collector.to_histogram().max_val == 1000.0
 
 
 # ------------------------------------------------------------- order, threads, memory format
@@ -314,6 +354,11 @@ def test_averaging_constants_that_are_none_are_refused(value: float) -> None:
 def test_bin_counts_that_make_no_histogram_are_refused(bins: int) -> None:
     with pytest.raises(ConfigError, match="bins must be between"):
         HistogramCollector(bins)
+
+
+def test_count_limits_that_count_nothing_are_refused() -> None:
+    with pytest.raises(ConfigError, match="count_limit must be at least 1"):
+        HistogramCollector(count_limit=0)
 
 
 def test_no_histogram_before_data() -> None:

@@ -14,6 +14,14 @@ from fxquant.operators import DEQUANTIZE
 _HYPERPARAMETERS = ("stride", "padding", "output_padding", "dilation", "groups")
 
 
+def expand(value: Any, dimensions: int) -> list[int]:
+    """``2 -> [2, 2]`` for two dimensions; sequences stay."""
+    if isinstance(value, (tuple, list)):
+        items = [int(v) for v in value]
+        return items * dimensions if len(items) == 1 else items
+    return [int(value)] * dimensions
+
+
 def constant_hyperparameters(op: Op) -> str | None:
     """Stride, padding and so on must be numbers: they are packed with the weight."""
     for name in _HYPERPARAMETERS:
@@ -62,6 +70,38 @@ def _weight_shape(op: Op) -> tuple[int, ...]:
         weight = attribute(op.owner, str(node.all_input_nodes[0].target))
     assert isinstance(weight, torch.Tensor)
     return tuple(weight.shape)
+
+
+def is_non_overlapping(op: Op) -> bool:
+    """Whether a ``conv_transpose2d`` reads one input pixel for each output pixel."""
+    if op.name != "conv_transpose2d" or op.arguments["groups"] != 1:
+        return False
+    kernel = list(_weight_shape(op)[2:])
+    names = ("padding", "output_padding", "dilation")
+    others = [expand(op.arguments[name], 2) for name in names]
+    return expand(op.arguments["stride"], 2) == kernel and others == [[0, 0], [0, 0], [1, 1]]
+
+
+def no_wrong_fast_path(op: Op) -> str | None:
+    """fbgemm's direct kernel for transposed convolutions gives garbage (checked by the tests)."""
+    inputs, outputs, *kernel = _weight_shape(op)
+    plain = all(
+        expand(op.arguments[name], len(kernel)) == [value] * len(kernel)
+        for name, value in (("padding", 0), ("dilation", 1))
+    )
+    if (
+        op.name == "conv_transpose2d"
+        and op.arguments["groups"] == 1
+        and inputs % 8 == outputs % 8 == 0
+        and kernel[0] == 2
+        and plain
+        and not is_non_overlapping(op)
+    ):
+        return (
+            f"fbgemm's kernel for a {kernel[0]} x {kernel[1]} transposed convolution without"
+            " padding is wrong, and oneDNN's is too"
+        )
+    return None
 
 
 def zero_padding_mode(op: Op) -> str | None:

@@ -13,6 +13,7 @@ from fxquant.targets.guards import (
     evaluation_statistics,
     four_or_five_dimensional,
     no_indices,
+    no_wrong_fast_path,
     resizes_by_integers,
     tensor_operands,
     zero_constant_padding,
@@ -65,7 +66,7 @@ def _conv_transpose(dimensions: int) -> Row:
         weight_axis=None,  # both engines refuse per-channel weights; fbgemm, since oneDNN is wrong
         output=OutputPolicy.ALWAYS,
         epilogues=_SATURATION,
-        guards=(constant_hyperparameters,),
+        guards=(constant_hyperparameters, no_wrong_fast_path),
     )
 
 

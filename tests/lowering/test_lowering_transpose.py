@@ -52,6 +52,35 @@ def test_geometry(lower: Lower, dimensions: int, name: str) -> None:
     case.check(3 * torch.randn(3, 6, *(s + 2 for s in _SIZES[dimensions])))
 
 
+@pytest.mark.parametrize("kernel", [(2, 2), (2, 3), (3, 3), (1, 1), (4, 2)], ids=str)
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (2, 3), (4, 2)], ids=str)
+def test_channels_in_eights(lower: Lower, kernel: Any, stride: Any) -> None:
+    """Where fbgemm would take its wrong path, and next to it."""
+    model = nn.Sequential(nn.ConvTranspose2d(8, 16, kernel, stride), nn.Conv2d(16, 3, 1))
+    case = lower(model, torch.randn(2, 8, 7, 5))
+    first = case.kernels[0]
+    if kernel == stride:
+        assert first == "quantized::conv2d (onednn)"
+    elif kernel[0] == 2:
+        assert first.endswith("-> fp32")
+        assert "transposed convolution without padding is wrong" in case.reasons()
+    else:
+        assert first == "quantized::conv_transpose2d (fbgemm)"
+    case.check(torch.randn(3, 8, 4, 6))
+    case.check(torch.randn(1, 8, 7, 5).contiguous(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("kernel", [2, 3, (3, 2)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_non_overlapping(lower: Lower, kernel: Any, *, bias: bool) -> None:
+    model = nn.Sequential(
+        nn.ConvTranspose2d(6, 5, kernel, kernel, bias=bias), nn.ReLU6(), nn.Conv2d(5, 3, 1)
+    )
+    case = lower(model, _input(2))
+    assert case.kernels[:2] == ["quantized::conv2d (onednn)", "interleave on bytes"]
+    case.check(3 * _input(2, batch=3))
+
+
 @pytest.mark.parametrize("outputs", [2, 6, 18])
 def test_channels(lower: Lower, outputs: int) -> None:
     lower(_model(2, outputs=outputs, stride=2), _input(2)).check(_input(2))
@@ -102,7 +131,8 @@ def test_clamp(lower: Lower, name: str, *, wide: bool) -> None:
 
     case = lower(Net(), _input(2))
     case.check(4 * _input(2, batch=3))
-    assert ("aten::clamp on int8" in case.kernels) == (wide or name == "clamp")
+    clamped = name == "clamp" or (wide and name != "relu")
+    assert ("aten::clamp on int8" in case.kernels) == clamped
 
 
 def test_result_of_the_network(lower: Lower) -> None:

@@ -32,7 +32,9 @@ def near(given: Any, wanted: Any, bound: float = 1e-5) -> None:
     assert (given - wanted).abs().max().item() <= bound * scale
 
 
-def fold(model: nn.Module, *inputs: Any, bound: float = 1e-5) -> tuple[QuantGraphModule, PassResult]:
+def fold(
+    model: nn.Module, *inputs: Any, bound: float = 1e-5
+) -> tuple[QuantGraphModule, PassResult]:
     """Fold, compare with the model, and check that a second run finds nothing to do."""
     lively(model)
     gm = captured(model, *inputs)
@@ -331,7 +333,9 @@ def test_function_that_always_trains_stays() -> None:
 @pytest.mark.parametrize("model", [Plain, lambda: Functional(True, False, bias=True)])
 def test_training_mode_is_an_error_where_it_would_fold(model: Callable[[], nn.Module]) -> None:
     gm = captured(model().train(), IMAGES)
-    with pytest.raises(TrainingModeError, match=r"^Fusion only for eval! '.*model\.eval\(\)|training=True"):
+    with pytest.raises(
+        TrainingModeError, match=r"^Fusion only for eval! '.*model\.eval\(\)|training=True"
+    ):
         run_alone(FoldBatchNorm(), gm)
     with pytest.raises(AssertionError, match="Fusion only for eval!") as caught:
         fuse_fx(model().train())

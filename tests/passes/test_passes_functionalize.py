@@ -155,7 +155,7 @@ def test_refused_where_a_view_is_read_later(view: str) -> None:
         return viewed + 1
 
     with torch.no_grad():  # autograd forbids such writes to one of several views
-        gm, result = check(Around(function), torch.randn(2, 3))
+        _gm, result = check(Around(function), torch.randn(2, 3))
     (refusal,) = result.refusals
     assert refusal.node == "mul_"
     assert "reads afterwards what may be a view" in refusal.reason
@@ -227,7 +227,7 @@ WITHOUT_FORM: dict[str, Function] = {
 @pytest.mark.parametrize("form", WITHOUT_FORM)
 def test_refused_where_there_is_no_form_of_the_same_meaning(form: str) -> None:
     with torch.no_grad():
-        gm, result = check(ThenRead(WITHOUT_FORM[form]), torch.randn(2, 3))
+        _gm, result = check(ThenRead(WITHOUT_FORM[form]), torch.randn(2, 3))
     (refusal,) = result.refusals
     assert "no known out-of-place form" in refusal.reason
 
@@ -248,7 +248,7 @@ def test_refused_where_the_result_would_have_another_dtype() -> None:
     gm, result = check(Kept(), torch.ones(2), torch.ones(2))
     assert not result.refusals
     inputs = torch.ones(2), torch.ones(2, dtype=torch.float64)
-    gm, result = check(Kept(), *inputs)
+    _gm, result = check(Kept(), *inputs)
     (refusal,) = result.refusals
     assert refusal.culprits == ("y",)
     assert "dtype" in refusal.reason

@@ -115,6 +115,34 @@ def test_functions_on_attributes(trace: Trace, name: str) -> None:
     assert match.ops[0].constant_path("weight") == "w"
 
 
+COMPUTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "conv2d": lambda x, w: F.relu(F.conv2d(x, w * 2)),
+    "linear": lambda x, w: F.gelu(F.linear(x, w * 2)),
+    "conv_transpose2d": lambda x, w: F.conv_transpose2d(x, w * 2).tanh(),
+    "conv2d residual": lambda x, w: x + F.conv2d(x, w * 2),
+    "conv2d residual relu": lambda x, w: F.relu(x + F.conv2d(x, w * 2)),
+    "batch_norm": lambda x, w: F.relu(F.batch_norm(x, w[0, :, 0, 0], w[0, :, 0, 0])),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_a_weight_computed_in_the_graph_is_refused(trace: Trace, name: str) -> None:
+    class Computed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(2, 2) if name == "linear" else torch.ones(2, 2, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return COMPUTED[name](x, self.w)
+
+    shape = (2, 2) if name == "linear" else (1, 2, 4, 4)
+    report = match_all(trace(Computed(), torch.ones(shape)), FUSION_PATTERNS)
+    assert report.match_of(name.split()[0]) is None
+    miss = report.nearest_miss(name.split()[0])
+    assert miss is not None
+    assert miss.guard == "constant_weight"
+
+
 # -- residual additions ---------------------------------------------------------------------------
 
 

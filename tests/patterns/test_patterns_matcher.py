@@ -292,6 +292,14 @@ def test_a_structure_miss_names_all_that_may_follow(trace: Trace) -> None:
     )
 
 
+def test_what_may_follow_depends_on_the_whole_chain_before(trace: Trace) -> None:
+    patterns = [links("relu", "sigmoid", "mul"), links("relu", "tanh", "silu")]
+    report = match_all(trace(Function(lambda x: torch.sigmoid(torch.relu(x)).abs())), patterns)
+    assert report.refusals[0].reason == (
+        "the output of 'sigmoid' goes to 'abs_1'; what may follow is mul"
+    )
+
+
 def test_a_later_node_of_a_refused_chain_has_the_answer_too(trace: Trace) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -326,7 +334,8 @@ def test_a_longer_chain_that_a_guard_refused_is_told_beside_the_match(trace: Tra
         return because("no, {last!r}", last=match.last.name)
 
     long = Pattern("long", links("relu", "sigmoid", "tanh").steps, (never,), "a test")
-    report = match_all(trace(Function(relu_sigmoid_tanh)), [long, links("relu", "sigmoid")])
+    patterns = [long, links("relu", "sigmoid"), links("relu")]
+    report = match_all(trace(Function(relu_sigmoid_tanh)), patterns)
     assert described(report) == ["relu-sigmoid(relu, sigmoid)"]
     (miss,) = report.refusals
     assert miss.reason == "no, 'tanh'"
