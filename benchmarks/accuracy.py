@@ -13,8 +13,8 @@ import torch
 from tabulate import tabulate
 
 from benchmarks.peers import TORCH_AO_ENGINES, torch_ao
-from fxquant.calibration import calibrate
 from fxquant.audit import audit
+from fxquant.calibration import calibrate
 from fxquant.models_zoo.evaluation import compare, logit_sqnr
 from fxquant.models_zoo.registry import ZooEntry, load, names
 from fxquant.quantize_fx import convert_fx, prepare_fx

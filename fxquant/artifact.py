@@ -1,8 +1,8 @@
 """One file for a model: ``save`` and ``load``, without pickle and without the model's class.
 
-A safetensors file with all tensors, and the graph as JSON in its header. A lowered model is saved as
-its reference graph and lowered again where it is loaded: kernels and packed weights are those of the
-machine it lands on.
+A safetensors file with all tensors, and the graph as JSON in its header. A lowered model is saved
+as its reference graph and lowered again where it is loaded: kernels and packed weights are those of
+the machine it lands on.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor, fx, nn
 
 from fxquant._version import __version__
 from fxquant.channel_mean import ChannelMean
-from fxquant.config_file import qconfig_to_plain
+from fxquant.config_file import qconfig_from_plain, qconfig_to_plain
 from fxquant.errors import ArtifactError, Diagnostics
-from fxquant.graph_codec import EncodedNode, decode_graph, encode_graph
+from fxquant.graph_codec import EncodedNode, decode_graph, decode_target, encode_graph
 from fxquant.graph_module import QuantGraphModule, Stage, derive, set_attribute
 from fxquant.json_codec import decode, encode
 from fxquant.op_catalog import KIND_BY_FUNCTION, KIND_BY_METHOD
@@ -38,12 +38,11 @@ FORMAT = 1
 """Version of the file format; a file with a higher one is refused."""
 
 _KEY = "fxquant"
-_MODULES = {"ChannelMean": ChannelMean}
 _BUILTINS = frozenset(
     {getattr, max, min, abs, len, int, float, bool, round, sum, pow, divmod, slice, isinstance}
 )
 _ATTRIBUTES = frozenset(
-    {"shape", "ndim", "dtype", "device", "T", "mT", "real", "imag", "is_cuda", "layout", "requires_grad"}
+    ("shape", "ndim", "dtype", "device", "T", "mT", "real", "imag", "is_cuda", "layout")
 )
 
 
@@ -83,7 +82,7 @@ def save(model: QuantGraphModule, path: str | os.PathLike[str]) -> None:
     os.close(handle)
     try:
         save_file(tensors, name, metadata={_KEY: json.dumps(header, separators=(",", ":"))})
-        os.replace(name, destination)
+        Path(name).replace(destination)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -186,8 +185,8 @@ def _describe(node: EncodedNode, module: nn.Module) -> dict[str, Any]:
         assert plain is not None
         return {"kind": "observer", "qconfig": plain, "owner": str(getattr(module, "owner", ""))}
     raise ArtifactError(
-        f"module {node.target!r} ({type(module).__name__}) runs as it is and cannot be written without"
-        " pickle; use torch.save for this model, or write the module with torch functions"
+        f"module {node.target!r} ({type(module).__name__}) runs as it is and cannot be written"
+        " without pickle; use torch.save for this model, or write the module with torch functions"
     )
 
 
@@ -198,8 +197,6 @@ def is_observer_path(path: str) -> bool:
 
 
 def _root(tensors: dict[str, Tensor], modules: dict[str, Any]) -> nn.Module:
-    from fxquant.config_file import qconfig_from_plain
-
     root = nn.Module()
     left = dict(tensors)
     for path, description in modules.items():
@@ -254,8 +251,6 @@ def _method_is_safe(name: str) -> bool:
 
 
 def _function_is_safe(node: EncodedNode) -> bool:
-    from fxquant.graph_codec import decode_target
-
     kind, _, name = node.target.partition(":")
     if kind == "op":
         return name.split(".")[0] in ("aten", "fxquant", "quantized", "onednn", "torchvision")

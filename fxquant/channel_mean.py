@@ -50,8 +50,10 @@ class ChannelMean(nn.Module):
         """The axis."""
         return f"axis={self.axis}"
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *rest: object
+    ) -> None:
         stored = state_dict.get(f"{prefix}total")
         if stored is not None and stored.shape != self.total.shape:
             self.total = torch.zeros_like(stored)
-        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[arg-type]  # nn.Module's signature is longer
+        super()._load_from_state_dict(state_dict, prefix, *rest)

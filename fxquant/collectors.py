@@ -349,7 +349,7 @@ class HistogramCollector(Collector):
     Counting is what calibration costs beyond the forward pass, so of a tensor with more than
     ``count_limit`` values only every ``k``-th is counted, ``k`` times; ``k`` is coprime to every
     dimension, so that no row, column or channel is preferred. ``min_val`` and ``max_val`` always
-    see all values, and their bins are never empty.
+    see all values, and the two extremes are counted once on top, so that no outlier is missed.
 
     Buffers beyond those of the base: ``histogram`` (int64 ``[bins]``), ``exponent`` (``e``) and
     ``first_bin`` (the ``i`` of ``histogram[0]``).
@@ -411,8 +411,7 @@ class HistogramCollector(Collector):
         stride = _stride(values.numel(), self.count_limit)
         self._count(values[::stride], stride)
         if stride > 1:
-            self._hold(smallest)
-            self._hold(largest)
+            self._count(torch.stack((low, high)), 1)
         self.num_batches += 1
 
     def reset(self) -> None:
@@ -439,11 +438,6 @@ class HistogramCollector(Collector):
         used = math.floor(high / width) - first + 1
         counts = self.histogram[:used].to("cpu", torch.float64)
         return Histogram(counts, first * width, width, low, high)
-
-    def _hold(self, value: float) -> None:
-        """Count ``value`` once where nothing of its bin was counted."""
-        number = math.floor(value / 2.0 ** int(self.exponent)) - int(self.first_bin)
-        self.histogram[number].clamp_(min=1)
 
     def _count(self, values: Tensor, weight: int) -> None:
         # Scaling by a power of two is exact, so floor() finds the bin without rounding. Only with

@@ -2,7 +2,9 @@
 
 ::
 
-    global: {activation: {make: fxquant.observers.HistogramObserver, dtype: torch.uint8}, weight: ...}
+    global:
+      activation: {make: fxquant.observers.HistogramObserver, dtype: torch.uint8}
+      weight: {make: fxquant.observers.PerChannelMinMaxObserver, dtype: torch.int8}
     object_type:
       - [class torch.nn.modules.linear.Linear, null]
     module_name:
@@ -180,7 +182,7 @@ def _value_to_plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return {"rule": type(value).__name__, **fields}
-    if isinstance(value, type) or isinstance(value, PartialFactory):
+    if isinstance(value, (type, PartialFactory)):
         return _factory_to_plain(value)
     raise ConfigError(f"cannot write the observer argument {value!r} of {type(value).__name__}")
 

@@ -13,7 +13,7 @@
     |-- TrainingModeError (AssertionError)        a batch-norm would be folded while it trains
     |-- CaptureError                              the model could not be turned into a graph
     |-- ShapeGuardError (RuntimeError)            an input takes a branch that was not traced
-    |-- GraphError (AssertionError)               a pass left the graph in a state that is not allowed
+    |-- GraphError (AssertionError)               a pass left the graph in a forbidden state
     |   `-- PassContractError                     a pass did not do what it declared
     |-- CalibrationError (ValueError)             the calibration data cannot be used
     |   `-- NonFiniteStatisticError               NaN or Inf reached an observer

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,6 +57,19 @@ def encode(value: Any) -> Any:
         return {"@": "tuple", "value": [encode(item) for item in value]}
     if isinstance(value, dict):
         return {"@": "dict", "value": [[encode(k), encode(v)] for k, v in value.items()]}
+    if type(value).__name__ in _RECORDS:
+        fields = {
+            f.name: getattr(value, f.name)
+            for f in dataclasses.fields(value)
+            if f.default is dataclasses.MISSING or getattr(value, f.name) != f.default
+        }
+        if isinstance(value, NodeRecord):
+            fields.pop("scope_types", None)  # the user's classes, read only by propagate-qconfigs
+        return {"@": type(value).__name__, **{n: encode(field) for n, field in fields.items()}}
+    return _encode_simple(value)
+
+
+def _encode_simple(value: Any) -> Any:
     if isinstance(value, slice):
         return {"@": "slice", "value": [encode(p) for p in (value.start, value.stop, value.step)]}
     if value is Ellipsis:
@@ -66,15 +80,6 @@ def encode(value: Any) -> Any:
         return {"@": "device", "value": str(value)}
     if isinstance(value, Stage):
         return {"@": "stage", "value": value.value}
-    if type(value).__name__ in _RECORDS:
-        fields = {
-            f.name: getattr(value, f.name)
-            for f in dataclasses.fields(value)
-            if f.default is dataclasses.MISSING or getattr(value, f.name) != f.default
-        }
-        if isinstance(value, NodeRecord):
-            fields.pop("scope_types", None)  # the user's classes, read only by propagate-qconfigs
-        return {"@": type(value).__name__, **{n: encode(field) for n, field in fields.items()}}
     raise ArtifactError(f"cannot write {value!r} ({type(value).__name__}) without pickle")
 
 
@@ -103,7 +108,7 @@ def decode(value: Any) -> Any:
         if isinstance(found, _TORCH_NAMES):
             return found
         raise ArtifactError(f"this torch has no {content!r}")
-    simple = {
+    simple: dict[str, Callable[[], Any]] = {
         "float": lambda: float(str(content)),
         "node": lambda: NodeReference(str(content)),
         "ellipsis": lambda: Ellipsis,
@@ -111,7 +116,7 @@ def decode(value: Any) -> Any:
         "stage": lambda: Stage(content),
         "qconfig": lambda: qconfig_from_plain(content),
     }
-    if tag not in simple:
+    if not isinstance(tag, str) or tag not in simple:
         raise ArtifactError(f"unknown value {tag!r}; the file is corrupt or of a newer version")
     return simple[tag]()
 

@@ -13,7 +13,6 @@ from fxquant.metadata import record_of, shape_of, tensor_records
 from fxquant.op_catalog import COMPUTE_KINDS
 from fxquant.op_view import Op, kind_of, op_of, type_name
 
-
 _PRODUCTS = frozenset(
     {
         "addbmm",

@@ -26,7 +26,7 @@ def was_observed(observer: nn.Module) -> bool:
 
 
 def qparams_of(observer: nn.Module, spec: QuantSpec) -> QParams:
-    """Scale and zero point that an observer, ours or torch.ao's, gives; 1 and 0 if it saw nothing."""
+    """Scale and zero point of an observer, ours or torch.ao's; 1 and 0 if it saw nothing."""
     if not was_observed(observer):
         return QParams(torch.ones(()), torch.zeros((), dtype=torch.int32), spec)
     made = getattr(observer, "qparams", None)

@@ -235,9 +235,7 @@ KINDS: tuple[OpKind, ...] = (
     ),
     OpKind(
         name="group_norm",
-        signature=_signature(
-            "input num_groups weight bias eps", weight=None, bias=None, eps=1e-5
-        ),
+        signature=_signature("input num_groups weight bias eps", weight=None, bias=None, eps=1e-5),
         constants=("weight", "bias"),
         functions=(F.group_norm,),
         modules={nn.GroupNorm: _same("num_groups", "eps")},
@@ -338,8 +336,13 @@ KINDS: tuple[OpKind, ...] = (
         negative_slope=0.01,
     ),
     _unary(
-        "elu", (F.elu, F.elu_), nn.ELU, extra="alpha inplace", attributes=_same("alpha"),
-        inplace=(F.elu_,), alpha=1.0,
+        "elu",
+        (F.elu, F.elu_),
+        nn.ELU,
+        extra="alpha inplace",
+        attributes=_same("alpha"),
+        inplace=(F.elu_,),
+        alpha=1.0,
     ),
     _unary("hardswish", (F.hardswish,), nn.Hardswish, extra="inplace"),
     _unary("hardsigmoid", (F.hardsigmoid,), nn.Hardsigmoid, extra="inplace"),
@@ -471,7 +474,10 @@ KINDS: tuple[OpKind, ...] = (
         methods=("__getitem__",),
     ),
     _unary(
-        "contiguous", (), extra="memory_format", methods=("contiguous",),
+        "contiguous",
+        (),
+        extra="memory_format",
+        methods=("contiguous",),
         memory_format=torch.contiguous_format,
     ),
     _unary("detach", (torch.detach,), methods=("detach",)),

@@ -22,9 +22,7 @@ _LIBRARY.define(
 )
 
 
-def _spec(
-    quant_min: int, quant_max: int, dtype: torch.dtype, axis: int | None
-) -> QuantSpec:
+def _spec(quant_min: int, quant_max: int, dtype: torch.dtype, axis: int | None) -> QuantSpec:
     scheme = torch.per_tensor_affine if axis is None else torch.per_channel_affine
     return QuantSpec(
         dtype=dtype, qscheme=scheme, quant_min=quant_min, quant_max=quant_max, ch_axis=axis

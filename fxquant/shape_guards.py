@@ -1,8 +1,8 @@
 """``if`` on a shape while tracing: decided by the example inputs, guarded ever after.
 
-``if pad_h > 0 or pad_w > 0: x = F.pad(...)`` compares sizes, not values. The branch that the example
-inputs take is traced, and a guard node raises with the user's line where other inputs would take
-the other one.
+``if pad_h > 0 or pad_w > 0: x = F.pad(...)`` compares sizes, not values. The branch that the
+example inputs take is traced, and a guard node raises with the user's line where other inputs would
+take the other one.
 """
 
 from __future__ import annotations

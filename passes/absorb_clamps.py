@@ -48,8 +48,8 @@ class AbsorbClamps(Pass):
             low, high = bounds_of(op)
             scale, zero_point = (_value(gm, a) for a in quantize.args[1:3])
             quant_min, quant_max = quantize.args[3:5]
-            low_free = low_is_free(low, scale, zero_point, int(quant_min))  # type: ignore[arg-type]  # fx types arguments loosely
-            high_free = high_is_free(high, scale, zero_point, int(quant_max))  # type: ignore[arg-type]  # fx types arguments loosely
+            low_free = low_is_free(low, scale, zero_point, int(quant_min))
+            high_free = high_is_free(high, scale, zero_point, int(quant_max))
             if low_free and high_free:
                 source = op.activations[0]
                 add_reason(node, f"{op.name} is free: the output range expresses it")

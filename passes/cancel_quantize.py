@@ -1,4 +1,4 @@
-"""cancel-quantize: ``Q(DQ(q)) -> q`` under equal parameters, one DQ per value, no DQ for a shape."""
+"""cancel-quantize: ``Q(DQ(q)) -> q`` under equal parameters, one DQ a value, none for a shape."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """inline-modules: ``self.pool(x) -> F.adaptive_avg_pool2d(x, 1)`` for ops that stay in FP32.
 
-A function call spares the module's ``__call__`` and its attribute look-ups, and lets a graph be saved
-without the classes of its modules.
+A function call spares the module's ``__call__`` and its attribute look-ups, and lets a graph be
+saved without the classes of its modules.
 """
 
 from __future__ import annotations

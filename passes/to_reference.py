@@ -6,12 +6,11 @@ scale, zero point and integer weight as a buffer.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx
 
 from fxquant.errors import CalibrationWarning, NonFiniteStatisticError
 from fxquant.functional import FUNCTIONS, functional_call
@@ -28,9 +27,9 @@ from fxquant.op_view import Form, Op, attribute, op_of
 from fxquant.operators import DEQUANTIZE, QUANTIZE
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
 from fxquant.passes.insert_observers import OBSERVER_PREFIX
-from fxquant.qconfig import QConfig, spec_of
+from fxquant.qconfig import QConfig
 from fxquant.rewriter import GraphRewriter
-from fxquant.specs import QParams, QuantSpec, choose_qparams, default_range, quantize
+from fxquant.specs import QParams, QuantSpec, default_range, quantize
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ def _quantize_moved(rewriter: GraphRewriter, node: fx.Node, parameters: _Paramet
         return
     if record.fusion is not None and record.fusion.last != node.name:
         return
-    readers = [user for user in node.users]
+    readers = list(node.users)
     _insert_pair(rewriter, node, node, parameters.of_group(record.share_group), readers)
 
 

@@ -118,7 +118,7 @@ def test_an_interrupted_save_leaves_the_old_file(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "replace", interrupted)
+    monkeypatch.setattr(Path, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save(convert_fx(prepared), path)
     assert path.read_bytes() == old

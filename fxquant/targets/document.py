@@ -1,6 +1,11 @@
-"""The op table of a target as Markdown: ``python -m fxquant.targets.document > docs/targets.md``."""
+"""The op table of a target as Markdown: ``python -m fxquant.targets.document``.
+
+It writes what ``docs/targets.md`` holds to the standard output.
+"""
 
 from __future__ import annotations
+
+import sys
 
 from tabulate import tabulate
 
@@ -23,9 +28,9 @@ def markdown() -> str:
     )
     return (
         "# Which op runs where\n\n"
-        "Made by `python -m fxquant.targets.document`. An op that is not listed runs in FP32 between"
-        " a dequantize and a quantize; `explain` says so. Epilogues are activation functions that"
-        " run as part of the op: for nothing (*saturation*: the output range expresses the clamp),"
+        "Made by `python -m fxquant.targets.document`. An op that is not listed runs in FP32"
+        " between a dequantize and a quantize; `explain` says so. Epilogues are activation functions"
+        " that run as part of the op: for nothing (*saturation*: the output range expresses the clamp),"
         " inside the kernel (*kernel*), or on the kernel's float result (*float*). Target"
         " `reference` has the same specs and runs float ops between quantize and dequantize.\n\n"
         f"{tables}\n"
@@ -37,7 +42,8 @@ def _table(target: Target) -> str:
         (f"`{row.kind}`", _ROLES[row.role], _kernel(row), _epilogues(row))
         for row in target.rows.values()
     ]
-    return tabulate(rows, headers=("op", "runs as", "kernel, or why not", "epilogues"), tablefmt="github")
+    headers = ("op", "runs as", "kernel, or why not", "epilogues")
+    return tabulate(rows, headers=headers, tablefmt="github")
 
 
 def _kernel(row: Row) -> str:
@@ -54,4 +60,4 @@ def _epilogues(row: Row) -> str:
 
 
 if __name__ == "__main__":
-    print(markdown(), end="")
+    sys.stdout.write(markdown())

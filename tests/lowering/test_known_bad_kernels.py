@@ -150,7 +150,6 @@ def test_sum_overwrites_its_accumulator() -> None:
         x, SCALE, 0, packed, scale, zero_point, other, None, [1, 1], [0, 0], [1, 1], 1,
         0.1, 10, torch.uint8, SCALE, 0, "sum", 1.0, "none", [], "",
     )  # fmt: skip
-    print(made.data_ptr(), other.data_ptr(), made.stride(), other.stride(), made.shape)
     assert torch.equal(made, other)
     assert not torch.equal(other, before)
 
