@@ -113,7 +113,9 @@ def _prepared(model: object) -> QuantGraphModule:
 
 def _check_arguments(data: object, num_batches: object) -> None:
     if num_batches is not None and (type(num_batches) is not int or num_batches <= 0):
-        raise CalibrationError(f"num_batches must be a whole number > 0 or None, got {num_batches!r}")
+        raise CalibrationError(
+            f"num_batches must be a whole number > 0 or None, got {num_batches!r}"
+        )
     if isinstance(data, (Tensor, np.ndarray, Mapping, str, bytes)):
         raise CalibrationError(
             f"data is {_describe(data)}, not batches of inputs; if it is one batch, pass [batch]"
@@ -161,7 +163,7 @@ def _feed(gm: QuantGraphModule) -> Forward:
 
     def forward(model: nn.Module, batch: object) -> object:
         args, kwargs = inputs.place(batch)
-        return nn.Module.__call__(model, *args, **kwargs)  # fx's own call prints to stderr on errors
+        return nn.Module.__call__(model, *args, **kwargs)  # fx's own prints errors to stderr
 
     return forward
 
@@ -384,7 +386,7 @@ def _lists(module: nn.Module) -> dict[str, list[Any]]:
 
 
 def _is_watcher(node: fx.Node) -> bool:
-    """Whether ``node`` calls a module that only looks: an observer, or what a pass put beside it."""
+    """Whether ``node`` calls a module that a pass put in to look on, such as an observer."""
     return node.op == "call_module" and not record_of(node).origins
 
 

@@ -10,7 +10,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +20,9 @@ from fxquant.graph_module import GraphState, QuantGraphModule, Stage
 from fxquant.metadata import record_of, set_record, update_record
 from fxquant.op_view import OUT_OF_PLACE_OPERATORS, type_of
 from fxquant.shape_guards import ExampleValues, shape_guard
-from fxquant.shapes import bind_examples
+from fxquant.shapes import bind_examples, is_user_code
 
 _TRACE_LOCK = threading.Lock()
-_PACKAGE = Path(__file__).parent
-_TORCH = Path(torch.__file__).parent
 
 
 def _writing(target: Callable[..., Any]) -> Callable[..., Any]:
@@ -407,9 +404,6 @@ def _user_line(error: BaseException) -> str:
 
 def _line_of(frames: traceback.StackSummary) -> str:
     for frame in reversed(frames):
-        path = Path(frame.filename)
-        inside = _PACKAGE in path.parents and _PACKAGE / "models_zoo" not in path.parents
-        if inside or _TORCH in path.parents:
-            continue
-        return f"{frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}"
+        if is_user_code(frame.filename):
+            return f"{frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}"
     return "unknown line"

@@ -78,9 +78,7 @@ def _count(text: str) -> int:
 def _demo(arguments: argparse.Namespace) -> None:
     from fxquant.demo import run_demo
 
-    run_demo(
-        thread_count=arguments.threads, cifar=not arguments.no_cifar, quiet=arguments.quiet
-    )
+    run_demo(thread_count=arguments.threads, cifar=not arguments.no_cifar, quiet=arguments.quiet)
 
 
 def _doctor(_: argparse.Namespace) -> None:

@@ -111,13 +111,15 @@ class Collector(nn.Module):
         torch.minimum(self.min_val, low, out=self.min_val)
         torch.maximum(self.max_val, high, out=self.max_val)
 
-    def _check_finite(self, low: Tensor, high: Tensor, x: Tensor) -> None:
+    def _finite(self, low: Tensor, high: Tensor, x: Tensor) -> tuple[float, float]:
+        """The smallest and the largest value of ``x``, refused when there is no such thing."""
         # A NaN anywhere in x is in low and high as well, so no pass over x is needed.
-        if bool((torch.isfinite(low) & torch.isfinite(high)).all()):
-            return
-        if is_scripting():
-            raise ValueError("NaN or Inf reached observer " + self.owner)
-        self._refuse(x)
+        smallest, largest = float(low), float(high)
+        if not (math.isfinite(smallest) and math.isfinite(largest)):
+            if is_scripting():
+                raise ValueError("NaN or Inf reached observer " + self.owner)
+            self._refuse(x)
+        return smallest, largest
 
     @torch.jit.unused
     def _refuse(self, x: Tensor) -> None:
@@ -154,8 +156,9 @@ class MinMaxCollector(Collector):
         if x.numel() == 0:
             return
         low, high = torch.aminmax(_flat(x))
-        self._check_finite(low, high, x)
-        self._widen(low, high)
+        smallest, largest = self._finite(low, high, x)
+        if smallest < float(self.min_val) or largest > float(self.max_val):
+            self._widen(low, high)
         self.num_batches += 1
 
 
@@ -186,7 +189,7 @@ class MovingAverageMinMaxCollector(Collector):
         if x.numel() == 0:
             return
         low, high = torch.aminmax(_flat(x))
-        self._check_finite(low, high, x)
+        self._finite(low, high, x)
         if int(self.num_batches) == 0:
             self._widen(low, high)
         else:
@@ -221,7 +224,7 @@ class PerChannelMinMaxCollector(Collector):
         if x.numel() == 0:
             return
         low, high = self._channel_min_max(x)
-        self._check_finite(low, high, x)
+        self._finite(torch.amin(low), torch.amax(high), x)
         self._fit_channels(low.numel())
         self._widen(low, high)
         self.num_batches += 1
@@ -308,7 +311,7 @@ class MovingAveragePerChannelMinMaxCollector(PerChannelMinMaxCollector):
         if x.numel() == 0:
             return
         low, high = self._channel_min_max(x)
-        self._check_finite(low, high, x)
+        self._finite(torch.amin(low), torch.amax(high), x)
         if int(self.num_batches) == 0:
             self._fit_channels(low.numel())
             self._widen(low, high)
@@ -377,7 +380,7 @@ class HistogramCollector(Collector):
         self,
         bins: int = 2048,
         *,
-        count_limit: int | None = 1 << 17,
+        count_limit: int | None = 1 << 16,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(device=device)
@@ -402,9 +405,7 @@ class HistogramCollector(Collector):
             return
         values = _flat(x)
         low, high = torch.aminmax(values)
-        smallest, largest = float(low), float(high)
-        if not (math.isfinite(smallest) and math.isfinite(largest)):
-            self._check_finite(low, high, x)
+        smallest, largest = self._finite(low, high, x)
         if smallest < float(self.min_val) or largest > float(self.max_val):
             self._widen(low, high)
             self._fit_grid(self.SMALLEST_EXPONENT)

@@ -35,7 +35,7 @@ _GET_CIFAR = (
 )
 _NEXT = """\
 What to type next
-  fxquant doctor                        what this machine computes exactly, and how fast it may get
+  fxquant doctor                        what this machine computes exactly, and what follows
   python                                your own model:
     >>> from fxquant import assert_int8, audit, calibrate, convert_fx, explain, prepare_fx
     >>> prepared = prepare_fx(model.eval(), None, example_inputs=(x,))
@@ -115,10 +115,10 @@ def measure(entry: ZooEntry, *, quiet: bool = False) -> Result:
     )
     with bar:
         prepared = prepare_fx(entry.model, None, entry.example_inputs)
-        with _counting(bar, prepared):
+        with _counting(bar.update, prepared):
             calibrate(prepared, calibration, progress=False)
         int8 = convert_fx(prepared)
-        with _counting(bar, entry.model), _counting(bar, int8):
+        with _counting(bar.update, entry.model), _counting(bar.update, int8):
             accuracy = compare(entry, int8)
         fp32_form, fp32, int8_form, int8_latency = _latencies(entry, int8, bar.update)
     return Result(
@@ -145,14 +145,14 @@ def _latencies(
     (x,) = entry.example_inputs
     rows = x.contiguous(memory_format=torch.channels_last)
     folded = fuse_fx(entry.model)
-    by_rows = {"channels_last": copy.deepcopy(entry.model), "folded, channels_last": copy.deepcopy(folded)}
-    for model in by_rows.values():
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in the annotations of torch
+    by_rows, folded_by_rows = copy.deepcopy(entry.model), copy.deepcopy(folded)
+    for model in (by_rows, folded_by_rows):
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch lacks this overload
     forms: dict[str, tuple[nn.Module, torch.Tensor]] = {
         "FP32 as it is": (entry.model, x),
         "FP32 with batch-norm folded": (folded, x),
-        "FP32 in channels_last": (by_rows["channels_last"], rows),
-        "FP32 with batch-norm folded in channels_last": (by_rows["folded, channels_last"], rows),
+        "FP32 in channels_last": (by_rows, rows),
+        "FP32 with batch-norm folded in channels_last": (folded_by_rows, rows),
         "int8 on a contiguous input": (int8, x),
         "int8 on a channels_last input": (int8, rows),
     }
@@ -195,8 +195,8 @@ def summary(result: Result, thread_count: int) -> str:
             _kib(result.int8_bytes),
             f"{result.fp32_bytes / result.int8_bytes:.2f} times smaller",
         ],
-        ["latency, median", _ms(fp32.median), _ms(int8.median), _times(fp32.median, int8.median)],
-        ["latency, fastest", _ms(fp32.minimum), _ms(int8.minimum), _times(fp32.minimum, int8.minimum)],
+        ["latency, median", *_compared(fp32.median, int8.median)],
+        ["latency, fastest", *_compared(fp32.minimum, int8.minimum)],
     ]
     confirmed = "confirmed by the profiler" if report.confirmed else "NOT confirmed by the profiler"
     lines = [
@@ -217,20 +217,19 @@ def _kib(size: int) -> str:
     return f"{size / 1024:.0f} KiB"
 
 
-def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.3f} ms"
-
-
-def _times(fp32: float, int8: float) -> str:
-    return f"{fp32 / int8:.2f} times faster" if fp32 >= int8 else f"{int8 / fp32:.2f} times SLOWER"
+def _compared(fp32: float, int8: float) -> list[str]:
+    """Two latencies in seconds, and how they compare."""
+    faster = f"{fp32 / int8:.2f} times faster"
+    slower = f"{int8 / fp32:.2f} times SLOWER"
+    return [f"{1000 * fp32:.3f} ms", f"{1000 * int8:.3f} ms", faster if fp32 >= int8 else slower]
 
 
 @contextmanager
-def _counting(bar: "tqdm[object]", model: nn.Module) -> Iterator[None]:
-    """Advance ``bar`` at every call of ``model``."""
+def _counting(update: Callable[[], object], model: nn.Module) -> Iterator[None]:
+    """Call ``update`` after every call of ``model``."""
 
     def advance(*_: object) -> None:
-        bar.update()
+        update()
 
     handle = model.register_forward_hook(advance)
     try:

@@ -11,7 +11,7 @@ from torch import nn
 
 from fxquant._version import __version__
 from fxquant.errors import UnmatchedRuleError, did_you_mean
-from fxquant.op_rows import OpRow, Runs, checked, rows_of
+from fxquant.op_rows import OpRow, checked, rows_of
 from fxquant.tables import Column, as_html, as_markdown, as_text, terminal_width
 
 _COLUMNS: Final = (
@@ -71,7 +71,8 @@ class Explanation:
         counts = Counter(row.runs.value for row in self.rows)
         ops = ", ".join(f"{count} {runs}" for runs, count in counts.most_common())
         target = f" for target {self.target!r}" if self.target else ""
-        return f"{self.stage} model{target}: {len(self.rows)} ops of the float graph ({ops or 'none'})"
+        count = f"{len(self.rows)} ops of the float graph ({ops or 'none'})"
+        return f"{self.stage} model{target}: {count}"
 
     def to_text(self, width: int | None = None) -> str:
         """A plain table.
@@ -83,7 +84,7 @@ class Explanation:
         table, left_out = as_text(_COLUMNS, [_cells(row) for row in self.rows], width)
         lines = [self.summary, "", table]
         if left_out:
-            lines += ["", f"Left out at this width: {', '.join(left_out)} (see .rows, .to_markdown())"]
+            lines += ["", f"Left out at this width (see .to_markdown()): {', '.join(left_out)}"]
         return "\n".join(lines)
 
     def to_markdown(self) -> str:
@@ -154,4 +155,4 @@ def _range(pair: tuple[float, float] | None) -> str:
 
 
 def _plain(row: OpRow) -> dict[str, Any]:
-    return {key: value.value if isinstance(value, Runs) else value for key, value in asdict(row).items()}
+    return asdict(row) | {"runs": row.runs.value}

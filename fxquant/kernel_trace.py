@@ -84,7 +84,7 @@ def kernels_of_call(model: nn.Module, bound: inspect.BoundArguments) -> Kernels:
 def kernels_by_node(
     gm: fx.GraphModule, bound: inspect.BoundArguments
 ) -> tuple[dict[str, Kernels], dict[str, torch.dtype]]:
-    """The kernels that each node of a graph runs, and the dtype of each tensor that a node gives."""
+    """The kernels that each node of a graph runs, and the dtype of each tensor that it gives."""
     runner = _Marking(gm, bound)
     found: dict[str, list[Any]] = {}
     for event in _events(runner.run):
@@ -97,7 +97,7 @@ def kernels_by_node(
 def macs_by_node(
     gm: fx.GraphModule, bound: inspect.BoundArguments, names: Collection[str]
 ) -> dict[str, int]:
-    """Multiply-accumulates that PyTorch counts below the named nodes, which run in floating point."""
+    """Multiply-accumulates that PyTorch counts below the named nodes, which run in FP32."""
     runner = _Counting(gm, bound, names)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its one operator is not counted

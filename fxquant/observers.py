@@ -612,7 +612,7 @@ class HistogramObserver(UniformQuantizationObserverBase):
         is_dynamic: bool = False,
         *,
         rule: RangeRule | None = None,
-        count_limit: int | None = 1 << 17,
+        count_limit: int | None = 1 << 16,
     ) -> None:
         super().__init__(
             HistogramCollector(bins, count_limit=count_limit, device=_device_of(factory_kwargs)),

@@ -166,9 +166,7 @@ class _Reader:
         """The op that gives ``carrier`` its name in reports; an input stands for itself."""
         return str(carrier.target) if carrier.op == "placeholder" else record_of(carrier).origins[0]
 
-    def _carried(
-        self, known: dict[str, Any], entry: OpEntry, carrier: fx.Node, head: str
-    ) -> OpRow:
+    def _carried(self, known: dict[str, Any], entry: OpEntry, carrier: fx.Node, head: str) -> OpRow:
         fate = self._fate(entry, carrier, head)
         carrying = self.entries.get(head, entry)
         runs, why = self._runs(carrier, carrying)
@@ -189,8 +187,8 @@ class _Reader:
             return f"folded into {who}"
         if any(reason.startswith(f"{entry.kind} is free") for reason in record_of(carrier).reasons):
             return f"free: saturation of {who}"
-        clamped = any(user.target is torch.clamp and not record_of(user).origins for user in carrier.users)
-        return f"in the kernel of {who}" + (", with an integer clamp" if clamped else "")
+        clamps = [u for u in carrier.users if u.target is torch.clamp and not record_of(u).origins]
+        return f"in the kernel of {who}" + (", with an integer clamp" if clamps else "")
 
     # -- in which arithmetic ----------------------------------------------------------------------
 
@@ -201,20 +199,19 @@ class _Reader:
         if stage in (Stage.FLOAT, Stage.FUSED):
             return Runs.FP32, "nothing is quantized yet: that is what prepare_fx and convert_fx do"
         if carrier.op == "placeholder":
-            made = {Stage.PREPARED: Runs.PLANNED, Stage.REFERENCE: Runs.EMULATED}.get(stage, Runs.INT8)
             if any(self._quantizes(user) for user in carrier.users):
-                return made, ""
+                return _QUANTIZED_BY_STAGE[stage], ""
             return Runs.FP32, f"the input {carrier.name!r} is read in floating point"
-        if stage is Stage.LOWERED:
-            return (Runs.INT8, "") if record.kernel else (Runs.FP32, self._reason(carrier))
-        if record.annotation is None:
+        if stage is Stage.LOWERED and record.kernel:
+            return Runs.INT8, ""
+        if stage is Stage.LOWERED or record.annotation is None:
             return Runs.FP32, self._reason(carrier)
         if record.fusion is not None and self._float_epilogue(carrier):
             return Runs.FP32, (
                 f"the kernel of {record.fusion.first!r} gives its float result, on which this runs"
                 " in FP32"
             )
-        return (Runs.PLANNED if stage is Stage.PREPARED else Runs.EMULATED), ""
+        return _QUANTIZED_BY_STAGE[stage], ""
 
     def _quantizes(self, user: fx.Node) -> bool:
         if self.state.stage is Stage.PREPARED:
@@ -234,9 +231,7 @@ class _Reader:
             )
         source = next(iter(node.all_input_nodes), None)
         if not self.entries.keys() & set(record.origins[:1]) and source is not None:
-            why = (
-                "an input of the model" if source.op == "placeholder" else self._reason(source)
-            )
+            why = "an input of the model" if source.op == "placeholder" else self._reason(source)
             return f"it hands on what {source.name!r} gives in FP32: {why}"
         return NO_REASON.format(name=node.name)
 
@@ -349,6 +344,11 @@ class _Reader:
         return value if isinstance(value, Tensor) else None
 
 
+_QUANTIZED_BY_STAGE: Final = {
+    Stage.PREPARED: Runs.PLANNED,
+    Stage.REFERENCE: Runs.EMULATED,
+    Stage.LOWERED: Runs.INT8,
+}
 _ASTRAY: Final = "no node of the graph carries it out: the graph was changed by hand"
 NO_REASON: Final = (
     "nothing was recorded about {name!r}; please report this with the model: every op in FP32 has"

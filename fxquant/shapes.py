@@ -12,6 +12,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from torch.utils._pytree import tree_map_only
 from fxquant.errors import CaptureWarning, Diagnostics
 from fxquant.graph_module import QuantGraphModule
 from fxquant.metadata import TensorRecord, ValueRecord, map_value, update_record
+
+_PACKAGE = Path(__file__).parent
+_TORCH = Path(torch.__file__).parent
 
 
 class _Recorder(fx.Interpreter):
@@ -51,6 +55,13 @@ class _Recorder(fx.Interpreter):
             value, lambda t: TensorRecord(shape=tuple(int(s) for s in t.shape), dtype=t.dtype)
         )
         return value
+
+
+def is_user_code(filename: str) -> bool:
+    """Whether a frame of a stack belongs neither to torch nor to fxquant."""
+    path = Path(filename)
+    inside = _PACKAGE in path.parents and _PACKAGE / "models_zoo" not in path.parents
+    return not inside and _TORCH not in path.parents and not filename.startswith("<eval_with_key>")
 
 
 def as_arguments(
@@ -207,7 +218,8 @@ def _explain_failure(error: Exception, example_inputs: object) -> str:
 def _line_of(node: fx.Node) -> str:
     """`` in file:line``: where the user's code made ``node``."""
     frames = re.findall(r'File "(.+)", line (\d+)', node.stack_trace or "")
-    return f" in {frames[-1][0]}:{frames[-1][1]}" if frames else ""
+    of_user = [f" in {name}:{line}" for name, line in frames if is_user_code(name)]
+    return of_user[-1] if of_user else ""
 
 
 def _describe(value: object) -> str:

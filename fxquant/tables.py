@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from tabulate import tabulate
 
 _GAP = 2  # blanks between two columns of tabulate's "simple" format
+_TITLE_PADDING = 2  # what tabulate adds to every title
 _FALLBACK = (120, 24)  # where the output is no terminal
 
 
@@ -50,14 +51,13 @@ def as_text(
     """
     empty = {i for i, c in enumerate(columns) if c.rank and not any(row[i] for row in rows)}
     kept = [i for i in range(len(columns)) if i not in empty]
-    natural = [
-        max([len(column.title), *(len(row[i]) for row in rows)]) for i, column in enumerate(columns)
-    ]
+    titles = [len(column.title) + _TITLE_PADDING for column in columns]
+    natural = [max([titles[i], *(len(row[i]) for row in rows)]) for i in range(len(columns))]
     if width is None:
         return _simple(columns, rows, kept, natural), ()
     smallest = [
-        min(whole, max(column.width, len(column.title)))
-        for whole, column in zip(natural, columns, strict=True)
+        min(whole, max(column.width, title))
+        for whole, column, title in zip(natural, columns, titles, strict=True)
     ]
     while _total([smallest[i] for i in kept]) > width:
         optional = [i for i in kept if columns[i].rank > 0]

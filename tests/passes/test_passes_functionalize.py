@@ -245,7 +245,7 @@ def test_refused_where_the_result_would_have_another_dtype() -> None:
             z += y
             return z
 
-    gm, result = check(Kept(), torch.ones(2), torch.ones(2))
+    _, result = check(Kept(), torch.ones(2), torch.ones(2))
     assert not result.refusals
     inputs = torch.ones(2), torch.ones(2, dtype=torch.float64)
     _gm, result = check(Kept(), *inputs)

@@ -1,4 +1,4 @@
-"""propagate-qconfigs: which rule governs which op, by the precedence people know, and complaints."""
+"""propagate-qconfigs: which rule governs which op, by the known precedence, and complaints."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tests.passes.helpers import (
 WEIGHT = PerChannelMinMaxObserver.with_args(dtype=torch.int8, qscheme=torch.per_channel_symmetric)
 A = QConfig(MinMaxObserver, WEIGHT)
 B = QConfig(HistogramObserver, WEIGHT)
-C = QConfig(MinMaxObserver.with_args(quant_max=127), WEIGHT)
+C = QConfig(MinMaxObserver.with_args(quant_min=0, quant_max=127), WEIGHT)
 
 
 class Block(nn.Module):
@@ -239,7 +239,9 @@ def test_a_rule_on_the_function_of_a_scope_breaks_its_pattern_with_the_reason() 
     gm = prepared({"": A, "module_name_object_type_order": order})
     assert record_of(node_named(gm, "layer3_0_conv1")).fusion is None
     said = reasons(gm, "layer3_0_conv1")
-    assert "pattern conv2d-relu refused: 'relu_1' is governed by module_name_object_type_order" in said
+    assert (
+        "pattern conv2d-relu refused: 'relu_1' is governed by module_name_object_type_order" in said
+    )
     assert "'layer3_0_conv1' by global" in said
     other = record_of(node_named(gm, "layer3_1_conv1")).fusion
     assert other is not None

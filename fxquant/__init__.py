@@ -1,0 +1,144 @@
+"""Int8 quantization of PyTorch models on CPUs by rewriting ``torch.fx`` graphs.
+
+::
+
+    prepared = prepare_fx(model, get_default_qconfig_mapping("x86"), example_inputs=(x,))
+    calibrate(prepared, data)
+    int8 = convert_fx(prepared)
+    print(explain(int8), audit(int8))
+
+Everything public is listed in ``__all__``; the modules say more.
+"""
+
+from __future__ import annotations
+
+from fxquant._version import __version__
+from fxquant.audit import AuditReport, assert_int8, audit
+from fxquant.calibration import calibrate
+from fxquant.errors import (
+    CalibrationError,
+    CalibrationWarning,
+    CaptureError,
+    CaptureWarning,
+    ConfigError,
+    ConfigWarning,
+    CoverageError,
+    DataNotFoundError,
+    FxQuantError,
+    FxQuantWarning,
+    GraphError,
+    LoweringError,
+    LoweringWarning,
+    MissingDependencyError,
+    MissingExampleInputsError,
+    NonFiniteStatisticError,
+    NotAGraphModuleError,
+    NotPreparedError,
+    PassContractError,
+    SpecError,
+    StrictModeError,
+    TrainingModeError,
+    UnknownKeyError,
+    UnmatchedRuleError,
+)
+from fxquant.explain import Explanation, explain
+from fxquant.graph_module import QuantGraphModule
+from fxquant.observers import (
+    FixedQParamsObserver,
+    HistogramObserver,
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    MovingAveragePerChannelMinMaxObserver,
+    NoopObserver,
+    ObserverBase,
+    PerChannelMinMaxObserver,
+    PlaceholderObserver,
+    RecordingObserver,
+    ReuseInputObserver,
+    default_histogram_observer,
+    default_observer,
+    default_per_channel_weight_observer,
+    default_weight_observer,
+)
+from fxquant.op_rows import OpRow, Runs
+from fxquant.qconfig import (
+    QConfig,
+    default_per_channel_qconfig,
+    default_qconfig,
+    default_reuse_input_qconfig,
+    get_default_qconfig,
+)
+from fxquant.qconfig_mapping import QConfigMapping, get_default_qconfig_mapping
+from fxquant.quantize_fx import convert_fx, convert_to_reference_fx, fuse_fx, prepare_fx
+from fxquant.range_rules import EntropyRule, MinMaxRule, MSERule, PercentileRule, TorchHistogramRule
+from fxquant.specs import QParams, QuantSpec
+
+__all__ = [
+    "AuditReport",
+    "CalibrationError",
+    "CalibrationWarning",
+    "CaptureError",
+    "CaptureWarning",
+    "ConfigError",
+    "ConfigWarning",
+    "CoverageError",
+    "DataNotFoundError",
+    "EntropyRule",
+    "Explanation",
+    "FixedQParamsObserver",
+    "FxQuantError",
+    "FxQuantWarning",
+    "GraphError",
+    "HistogramObserver",
+    "LoweringError",
+    "LoweringWarning",
+    "MSERule",
+    "MinMaxObserver",
+    "MinMaxRule",
+    "MissingDependencyError",
+    "MissingExampleInputsError",
+    "MovingAverageMinMaxObserver",
+    "MovingAveragePerChannelMinMaxObserver",
+    "NonFiniteStatisticError",
+    "NoopObserver",
+    "NotAGraphModuleError",
+    "NotPreparedError",
+    "ObserverBase",
+    "OpRow",
+    "PassContractError",
+    "PerChannelMinMaxObserver",
+    "PercentileRule",
+    "PlaceholderObserver",
+    "QConfig",
+    "QConfigMapping",
+    "QParams",
+    "QuantGraphModule",
+    "QuantSpec",
+    "RecordingObserver",
+    "ReuseInputObserver",
+    "Runs",
+    "SpecError",
+    "StrictModeError",
+    "TorchHistogramRule",
+    "TrainingModeError",
+    "UnknownKeyError",
+    "UnmatchedRuleError",
+    "__version__",
+    "assert_int8",
+    "audit",
+    "calibrate",
+    "convert_fx",
+    "convert_to_reference_fx",
+    "default_histogram_observer",
+    "default_observer",
+    "default_per_channel_qconfig",
+    "default_per_channel_weight_observer",
+    "default_qconfig",
+    "default_reuse_input_qconfig",
+    "default_weight_observer",
+    "explain",
+    "fuse_fx",
+    "get_default_qconfig",
+    "get_default_qconfig_mapping",
+    "prepare_fx",
+]
