@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import copy
+import functools
 import inspect
 import threading
 import traceback
@@ -16,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from fxquant.errors import CaptureError, CaptureWarning, Diagnostics
-from fxquant.graph_module import GraphState, QuantGraphModule, Stage
+from fxquant.graph_module import GraphState, QuantGraphModule, Stage, set_attribute
 from fxquant.metadata import record_of, set_record, update_record
 from fxquant.op_view import OUT_OF_PLACE_OPERATORS, type_of
 from fxquant.shape_guards import ExampleValues, shape_guard
@@ -148,6 +149,7 @@ def capture(
     if isinstance(model, fx.GraphModule) and _only_leaves(model):
         owned = own_copy(model)
         assert isinstance(owned, fx.GraphModule)
+        _free_names(owned, owned.graph, diagnostics)
         gm = QuantGraphModule(owned, owned.graph, type(model).__name__)
     else:
         gm = _trace(model, diagnostics, example_inputs)
@@ -280,6 +282,7 @@ def _trace(model: nn.Module, diagnostics: Diagnostics, example_inputs: object) -
             " tensor values to have it quantized",
             CaptureWarning,
         )
+    _free_names(owned, graph, diagnostics)
     gm = QuantGraphModule(owned, graph, type(model).__name__)
     for node in gm.graph.nodes:
         if node.op == "call_module" and str(node.target) in islands:
@@ -308,6 +311,35 @@ def _order_inputs(graph: fx.Graph, fixed: Mapping[str, Any], forward: Callable[.
         if place is not nodes[name]:
             place.prepend(nodes[name])
         last = nodes[name]
+
+
+@functools.cache
+def _names_of_graph_modules() -> frozenset[str]:
+    graph = fx.Graph()
+    graph.output(None)
+    return frozenset(dir(QuantGraphModule(nn.Module(), graph))) - frozenset(dir(nn.Module()))
+
+
+def _free_names(model: nn.Module, graph: fx.Graph, diagnostics: Diagnostics) -> None:
+    """Rename what a graph reads under a name that graph modules have for themselves."""
+    renamed: dict[str, str] = {}
+    for node in graph.nodes:
+        atom, dot, rest = str(node.target).partition(".")
+        if node.op not in ("call_module", "get_attr") or atom not in _names_of_graph_modules():
+            continue
+        if atom not in renamed:
+            value = getattr(model, atom)
+            new = f"{atom}_"
+            while hasattr(model, new) or new in _names_of_graph_modules():
+                new += "_"
+            set_attribute(model, new, value)
+            renamed[atom] = new
+            diagnostics.warn(
+                f"{atom!r} of the model is called {new!r} in the graph, because graph modules have"
+                f" an attribute {atom!r} of their own; use {new!r} in rules",
+                CaptureWarning,
+            )
+        node.target = f"{renamed[atom]}{dot}{rest}"
 
 
 def _restore_attributes(

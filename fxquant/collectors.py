@@ -363,7 +363,7 @@ class HistogramCollector(Collector):
         device: where the statistics live.
     """
 
-    # Elements binned at a time: on a CPU two scratch buffers of this size stay in level 2.
+    # Values binned at a time: on a CPU what they need stays in the level-2 cache.
     CPU_CHUNK: Final[int] = 1 << 17
     DEVICE_CHUNK: Final[int] = 1 << 26
     LANES: Final[int] = 4
@@ -412,7 +412,8 @@ class HistogramCollector(Collector):
         stride = _stride(values.numel(), self.count_limit)
         self._count(values[::stride], stride)
         if stride > 1:
-            self._count(torch.stack((low, high)), 1)
+            self._count_one(smallest)
+            self._count_one(largest)
         self.num_batches += 1
 
     def reset(self) -> None:
@@ -440,36 +441,34 @@ class HistogramCollector(Collector):
         counts = self.histogram[:used].to("cpu", torch.float64)
         return Histogram(counts, first * width, width, low, high)
 
+    def _count_one(self, value: float) -> None:
+        number = math.floor(value / 2.0 ** int(self.exponent)) - int(self.first_bin)
+        self.histogram[number] += 1
+
     def _count(self, values: Tensor, weight: int) -> None:
+        on_cpu = values.device.type == "cpu"
+        first = int(self.first_bin)
+        # A spike (the zeros of a ReLU) makes one counter wait for itself again and again, so
+        # neighbouring values of a long row are counted in different lanes, added up at the end.
+        lanes = self.LANES if on_cpu and values.numel() >= self.bins * self.LANES else 1
+        for part in torch.split(values, self.CPU_CHUNK if on_cpu else self.DEVICE_CHUNK):
+            number = self._bin_numbers(part)
+            if lanes > 1:
+                number.add_(self._lane_starts(values.device)[: part.numel()])
+            number.sub_(first)
+            counts = torch.bincount(number.to(torch.int32), minlength=lanes * self.bins)
+            if lanes > 1:
+                counts = counts.view(lanes, self.bins).sum(0)
+            self.histogram.add_(counts, alpha=weight)
+
+    def _bin_numbers(self, values: Tensor) -> Tensor:
+        """``floor(values / width)`` on the grid, as whole float32 numbers."""
         # Scaling by a power of two is exact, so floor() finds the bin without rounding. Only with
         # bins wider than 1 can a product be too small for float32, and float64 is taken.
         exponent = int(self.exponent)
-        scale = 2.0 ** (-exponent)
-        first = int(self.first_bin)
-        on_cpu = values.device.type == "cpu"
-        size = min(self.CPU_CHUNK if on_cpu else self.DEVICE_CHUNK, values.numel())
-        # A spike (the zeros of a ReLU) makes one counter wait for itself again and again, so
-        # neighbouring values of a long row are counted in different lanes, added up at the end.
-        lanes = self.LANES if on_cpu and size >= self.bins * self.LANES else 1
-        start = self._lane_starts(values.device)[:size] - first if lanes > 1 else None
-        counts = torch.zeros(lanes * self.bins, dtype=torch.int64, device=values.device)
-        scaled = torch.empty(size, dtype=torch.float32, device=values.device)
-        index = torch.empty(size, dtype=torch.int32, device=values.device)
-        for part in torch.split(values, size):
-            length = part.numel()
-            where = scaled[:length]
-            if exponent > 0:
-                where.copy_((part.to(torch.float64) * scale).floor_())
-            else:
-                torch.mul(part, scale, out=where)
-                where.floor_()
-            if start is not None:
-                where.add_(start[:length])
-            else:
-                where.sub_(first)
-            number = index[:length].copy_(where)
-            counts += torch.bincount(number, minlength=lanes * self.bins)
-        self.histogram += counts.view(lanes, self.bins).sum(0) * weight
+        if exponent > 0:
+            values = values.to(torch.float64)
+        return (values * 2.0 ** (-exponent)).floor_().to(torch.float32)
 
     def _lane_starts(self, device: torch.device) -> Tensor:
         if is_scripting():

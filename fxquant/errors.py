@@ -149,10 +149,12 @@ class Diagnostics:
 
     Args:
         strict: raise :class:`StrictModeError` instead of warning.
+        silent: collect messages and emit nothing, where they were emitted before.
     """
 
-    def __init__(self, *, strict: bool = False) -> None:
+    def __init__(self, *, strict: bool = False, silent: bool = False) -> None:
         self.strict = strict
+        self.silent = silent
         self.messages: list[tuple[type[FxQuantWarning], str]] = []
 
     def warn(self, message: str, category: type[FxQuantWarning]) -> None:
@@ -166,7 +168,8 @@ class Diagnostics:
         if (category, message) in self.messages:
             return
         self.messages.append((category, message))
-        warnings.warn(message, category, stacklevel=_user_stacklevel())
+        if not self.silent:
+            warnings.warn(message, category, stacklevel=_user_stacklevel())
 
 
 def _user_stacklevel() -> int:

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -100,9 +101,10 @@ def macs_by_node(
     """Multiply-accumulates that PyTorch counts below the named nodes, which run in FP32."""
     runner = _Counting(gm, bound, names)
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # its one operator is not counted
+    # PyTorch counts matrix products, but neither attention's fused forms on a CPU.
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             runner.run()
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

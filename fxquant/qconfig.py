@@ -368,7 +368,7 @@ default_per_channel_symmetric_qnnpack_qat_qconfig = QConfig(
 _weight_127 = default_per_channel_weight_observer.with_args(quant_min=-127, quant_max=127)
 _fused_weight_127 = default_fused_per_channel_wt_fake_quant.with_args(quant_min=-127, quant_max=127)
 _full_range = HistogramObserver.with_args(dtype=torch.uint8)
-_torch_full_range = _full_range.with_args(rule=TorchHistogramRule())
+_torch_full_range = _full_range.with_args(rule=TorchHistogramRule(), count_limit=None)
 _torch_half_range = _torch_full_range.with_args(reduce_range=True)
 _fused_half_range = default_fused_act_fake_quant.with_args(reduce_range=True)
 

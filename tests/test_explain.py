@@ -23,6 +23,7 @@ from fxquant.op_rows import NO_REASON, OpRow, Runs
 from fxquant.qconfig import get_default_qconfig
 from fxquant.quantize_fx import convert_fx, convert_to_reference_fx, fuse_fx, prepare_fx
 from fxquant.tables import Column, as_markdown, as_text
+from fxquant.timing import threads
 
 
 class Island(nn.Module):
@@ -191,11 +192,13 @@ def test_a_removed_op_right_behind_an_input() -> None:
 
 @pytest.mark.parametrize("name", ["digits", "torchvision/mobilenet_v3_small"])
 def test_networks(name: str) -> None:
-    try:
-        entry = load(name)
-    except MissingDependencyError as error:
-        pytest.skip(str(error))
-    prepared = calibrate(prepare_fx(entry.model, None, entry.example_inputs), [entry.example_inputs])
+    with threads(1):
+        try:
+            entry = load(name)
+        except MissingDependencyError as error:
+            pytest.skip(str(error))
+        prepared = prepare_fx(entry.model, None, entry.example_inputs)
+        calibrate(prepared, [entry.example_inputs])
     reference, lowered = convert_to_reference_fx(prepared), convert_fx(prepared)
     for gm in (prepared, reference, lowered):
         assert_complete(explain(gm))

@@ -1,0 +1,182 @@
+"""``quantize``: from a float model to a checked int8 model in one call, with data or without."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from fxquant.audit import audit
+from fxquant.calibration import Forward, calibrate
+from fxquant.capture import capture
+from fxquant.errors import (
+    CalibrationError,
+    CalibrationWarning,
+    Diagnostics,
+    LoweringWarning,
+    MissingExampleInputsError,
+)
+from fxquant.graph_module import QuantGraphModule
+from fxquant.moments import SampleFlow, fill_statistics
+from fxquant.op_catalog import COMPUTE_KINDS
+from fxquant.op_rows import OpRow, Runs
+from fxquant.qconfig_mapping import QConfigMapping
+from fxquant.quantize_fx import convert_fx, prepare_fx
+from fxquant.shapes import record_shapes
+
+DATA_FREE_COST = "0 to 2.7 points of top-1 where calibration costs 0 to 0.7 (docs/quantize.md)"
+"""What going without data costs on the zoo's models, as the benchmark last measured it."""
+
+
+def quantize(
+    model: nn.Module,
+    data: Iterable[Any] | None,
+    qconfig_mapping: QConfigMapping | Mapping[Any, Any] | None = None,
+    *,
+    example_inputs: Any = None,
+    forward: Forward | None = None,
+    num_batches: int | None = None,
+    input_mean: float = 0.0,
+    input_deviation: float = 1.0,
+    target: str = "x86",
+    bias_correction: bool = True,
+    strict: bool = False,
+    progress: bool = True,
+) -> QuantGraphModule:
+    """Prepare, calibrate, convert and audit.
+
+    Args:
+        model: a module in evaluation mode. It is not touched.
+        data: calibration batches, fed as :func:`fxquant.calibrate` says; a few hundred inputs do.
+            ``None`` goes without: ranges come from batch-norm statistics and from what the ops
+            imply, for inputs of the given mean and deviation. A warning says what that costs.
+        qconfig_mapping: see :func:`fxquant.prepare_fx`.
+        example_inputs: needed where ``data`` is ``None`` or ``forward`` is given; else the first
+            batch serves.
+        forward: ``forward(model, batch)`` runs the model on one batch.
+        num_batches: take at most so many batches.
+        input_mean: mean of the model's inputs; read where ``data`` is ``None``.
+        input_deviation: standard deviation of the model's inputs, likewise.
+        target: ``"x86"`` or ``"reference"``.
+        bias_correction: see :func:`fxquant.prepare_fx`.
+        strict: turn every warning into an error.
+        progress: show a progress bar, on a terminal and after two seconds only.
+
+    Returns:
+        The int8 model. Convolutions, linears and matrix products that stay in FP32 are named in
+        one :class:`LoweringWarning`; ``print(audit(result))`` has the rest.
+
+    Raises:
+        MissingExampleInputsError: neither data nor example inputs show what the model takes.
+        CalibrationError: ``data`` holds no batch, or one that does not fit.
+    """
+    diagnostics = Diagnostics(strict=strict)
+    if data is None:
+        if example_inputs is None:
+            raise MissingExampleInputsError(
+                "quantize(model, None) goes without data, but needs example_inputs to know what the"
+                " model takes: pass example_inputs=(torch.randn(1, 3, 224, 224),) or the like"
+            )
+    elif example_inputs is None and forward is None:
+        data, example_inputs = _first_inputs(model, data)
+    prepared = prepare_fx(
+        model,
+        qconfig_mapping,
+        example_inputs,
+        target=target,
+        bias_correction=bias_correction,
+        strict=strict,
+    )
+    if data is None:
+        estimate_ranges(prepared, model, example_inputs, input_mean, input_deviation, diagnostics)
+    else:
+        calibrate(
+            prepared, data, forward=forward, num_batches=num_batches, progress=progress
+        )
+    int8 = convert_fx(prepared, strict=strict)
+    _say_what_stays(int8, diagnostics)
+    return int8
+
+
+def estimate_ranges(
+    prepared: QuantGraphModule,
+    model: nn.Module,
+    example_inputs: Any,
+    mean: float,
+    deviation: float,
+    diagnostics: Diagnostics,
+) -> None:
+    """Fill the observers of ``prepared`` from statistics of ``model`` instead of data.
+
+    Args:
+        prepared: what ``prepare_fx`` made of ``model``; its observers are filled.
+        model: the float model, batch-norms in place. It is not touched.
+        example_inputs: for the shapes.
+        mean: of the inputs.
+        deviation: of the inputs.
+        diagnostics: takes the warning that says what was done and what it costs.
+    """
+    quiet = Diagnostics(silent=True)  # prepare_fx has said everything about the trace already
+    graph = capture(model, quiet, example_inputs)
+    record_shapes(graph, example_inputs, quiet)
+    flow = SampleFlow(graph, mean=mean, deviation=deviation)
+    blind = fill_statistics(prepared, flow.run())
+    guessed = f"; guessed for {', '.join(map(repr, flow.unknown[:5]))}" if flow.unknown else ""
+    unseen = f"; unknown for {', '.join(map(repr, blind[:5]))}" if blind else ""
+    diagnostics.warn(
+        "quantized without data: activation ranges come from batch-norm statistics and from what"
+        f" the ops imply, for inputs of mean {mean:g} and deviation {deviation:g}{guessed}{unseen}."
+        f" On the zoo's models this costs {DATA_FREE_COST}; pass calibration data to do better",
+        CalibrationWarning,
+    )
+
+
+def _first_inputs(model: nn.Module, data: Iterable[Any]) -> tuple[Iterable[Any], Any]:
+    """The data, untouched, and the inputs in its first batch."""
+    iterator = iter(data)
+    try:
+        first = next(iterator)
+    except StopIteration:
+        raise CalibrationError(
+            "the data hold no batch. Pass batches, or data=None to go without calibration"
+        ) from None
+    again = itertools.chain([first], iterator) if iterator is data else data
+    if isinstance(first, (tuple, list)):
+        return again, tuple(first[: _wanted(model, len(first))])
+    return again, first if isinstance(first, Mapping) else (first,)
+
+
+def _wanted(model: nn.Module, given: int) -> int:
+    """How many items of a batch are inputs: as many as the model requires; the rest are labels."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        return given
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [p for p in parameters if p.kind in positional and p.default is p.empty]
+    return max(1, min(len(required), given))
+
+
+def _say_what_stays(model: QuantGraphModule, diagnostics: Diagnostics) -> None:
+    report = audit(model)
+    if report.confirmed is False:
+        seen = "; ".join(report.discrepancies)
+        diagnostics.warn(
+            f"the profiler saw other kernels than the graph claims: {seen}", LoweringWarning
+        )
+    stays = [row for row in report.fp32 if _computes(row)]
+    if stays:
+        shown = "; ".join(f"{row.name!r} ({row.op}): {row.reason}" for row in stays[:5])
+        more = f"; and {len(stays) - 5} more, see audit(model)" if len(stays) > 5 else ""
+        diagnostics.warn(
+            f"{len(stays)} op(s) that multiply and accumulate stay in FP32: {shown}{more}",
+            LoweringWarning,
+        )
+
+
+def _computes(row: OpRow) -> bool:
+    wished = row.reason.startswith("no qconfig")
+    return row.runs is Runs.FP32 and row.kind in COMPUTE_KINDS and not wished
+
