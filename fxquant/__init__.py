@@ -13,9 +13,11 @@ Everything public is listed in ``__all__``; the modules say more.
 from __future__ import annotations
 
 from fxquant._version import __version__
+from fxquant.artifact import load, save
 from fxquant.audit import AuditReport, assert_int8, audit
 from fxquant.calibration import calibrate
 from fxquant.errors import (
+    ArtifactError,
     CalibrationError,
     CalibrationWarning,
     CaptureError,
@@ -35,6 +37,7 @@ from fxquant.errors import (
     NotAGraphModuleError,
     NotPreparedError,
     PassContractError,
+    ShapeGuardError,
     SpecError,
     StrictModeError,
     TrainingModeError,
@@ -61,6 +64,7 @@ from fxquant.observers import (
     default_weight_observer,
 )
 from fxquant.op_rows import OpRow, Runs
+from fxquant.parity import ParityReport, parity
 from fxquant.qconfig import (
     QConfig,
     default_per_channel_qconfig,
@@ -69,11 +73,13 @@ from fxquant.qconfig import (
     get_default_qconfig,
 )
 from fxquant.qconfig_mapping import QConfigMapping, get_default_qconfig_mapping
+from fxquant.quantize import quantize
 from fxquant.quantize_fx import convert_fx, convert_to_reference_fx, fuse_fx, prepare_fx
 from fxquant.range_rules import EntropyRule, MinMaxRule, MSERule, PercentileRule, TorchHistogramRule
 from fxquant.specs import QParams, QuantSpec
 
 __all__ = [
+    "ArtifactError",
     "AuditReport",
     "CalibrationError",
     "CalibrationWarning",
@@ -105,6 +111,7 @@ __all__ = [
     "NotPreparedError",
     "ObserverBase",
     "OpRow",
+    "ParityReport",
     "PassContractError",
     "PerChannelMinMaxObserver",
     "PercentileRule",
@@ -117,6 +124,7 @@ __all__ = [
     "RecordingObserver",
     "ReuseInputObserver",
     "Runs",
+    "ShapeGuardError",
     "SpecError",
     "StrictModeError",
     "TorchHistogramRule",
@@ -140,5 +148,9 @@ __all__ = [
     "fuse_fx",
     "get_default_qconfig",
     "get_default_qconfig_mapping",
+    "load",
+    "parity",
     "prepare_fx",
+    "quantize",
+    "save",
 ]

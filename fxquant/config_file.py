@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import fx
 
 from fxquant import range_rules
-from fxquant.errors import ConfigError, GraphError, MissingDependencyError
+from fxquant.errors import ConfigError, GraphError
 from fxquant.graph_codec import decode_target
 from fxquant.observers import PartialFactory
 from fxquant.qconfig import QConfig
@@ -79,13 +80,12 @@ def save_qconfig_mapping(mapping: QConfigMapping, path: str | Path) -> None:
 
     Raises:
         ConfigError: another suffix, or something without a name.
-        MissingDependencyError: YAML without PyYAML.
     """
     plain = to_plain(mapping)
     text = (
         json.dumps(plain, indent=2) + "\n"
         if _is_json(Path(path))
-        else _yaml().safe_dump(plain, sort_keys=False)
+        else yaml.safe_dump(plain, sort_keys=False)
     )
     Path(path).write_text(text, encoding="utf-8")
 
@@ -95,10 +95,9 @@ def load_qconfig_mapping(path: str | Path) -> QConfigMapping:
 
     Raises:
         ConfigError: not a mapping, an unknown key, or a name that leads nowhere.
-        MissingDependencyError: YAML without PyYAML.
     """
     text = Path(path).read_text(encoding="utf-8")
-    plain = json.loads(text) if _is_json(Path(path)) else _yaml().safe_load(text)
+    plain = json.loads(text) if _is_json(Path(path)) else yaml.safe_load(text)
     if not isinstance(plain, Mapping):
         raise ConfigError(f"{path} holds {type(plain).__name__}, not a mapping of qconfigs")
     return from_plain(plain)
@@ -108,16 +107,6 @@ def _is_json(path: Path) -> bool:
     if path.suffix not in (".json", ".yaml", ".yml"):
         raise ConfigError(f"{path.name!r}: a mapping is a .json, .yaml or .yml file")
     return path.suffix == ".json"
-
-
-def _yaml() -> Any:
-    try:
-        import yaml
-    except ImportError as error:
-        raise MissingDependencyError(
-            "YAML mappings need PyYAML: pip install 'fxquant[yaml]'; JSON needs nothing"
-        ) from error
-    return yaml
 
 
 def qconfig_to_plain(qconfig: QConfig | None) -> dict[str, Any] | None:

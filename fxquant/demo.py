@@ -219,9 +219,10 @@ def _kib(size: int) -> str:
 
 def _compared(fp32: float, int8: float) -> list[str]:
     """Two latencies in seconds, and how they compare."""
-    faster = f"{fp32 / int8:.2f} times faster"
-    slower = f"{int8 / fp32:.2f} times SLOWER"
-    return [f"{1000 * fp32:.3f} ms", f"{1000 * int8:.3f} ms", faster if fp32 >= int8 else slower]
+    ratio = max(fp32, int8) / min(fp32, int8)
+    verdict = f"{ratio:.2f} times {'faster' if fp32 >= int8 else 'SLOWER'}"
+    same = f"{ratio:.2f}" == "1.00"
+    return [f"{1000 * fp32:.3f} ms", f"{1000 * int8:.3f} ms", "the same" if same else verdict]
 
 
 @contextmanager

@@ -1,10 +1,10 @@
 """What activations look like without data: batch-norm statistics and what the ops imply.
 
-Every value is described by seeded samples per channel, ``[S, C]``. An input is taken as normal with a
-stated mean and deviation; a convolution's output is normal with the mean and variance that its weight
-gives; a batch-norm's output is normal with mean ``beta`` and deviation ``|gamma|``, whatever came
-before; element-wise functions are applied to the samples themselves. Source: Nagel et al. 2019,
-"Data-Free Quantization Through Weight Equalization and Bias Correction", sections 4.2.1 and 5.
+Every value is described by seeded samples per channel, ``[S, C]``. An input is taken as normal with
+a stated mean and deviation; a convolution's output is normal with the mean and variance that its
+weight gives; a batch-norm's output is normal with mean ``beta`` and deviation ``|gamma|``, whatever
+came before; element-wise functions are applied to the samples themselves. Source: Nagel et al.
+2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", sections 4.2.1, 5.
 """
 
 from __future__ import annotations
@@ -17,19 +17,45 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxquant.channel_mean import ChannelMean
 from fxquant.graph_module import QuantGraphModule
 from fxquant.metadata import TensorRecord, record_of, shape_of
 from fxquant.op_view import Op, op_of
+from fxquant.passes.to_reference import is_observer
 
 _ELEMENTWISE = frozenset(
-    (
-        "relu relu6 hardtanh clamp clamp_min clamp_max leaky_relu elu hardswish hardsigmoid silu"
-        " mish gelu sigmoid tanh"
-    ).split()
+    [
+        "relu",
+        "relu6",
+        "hardtanh",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "leaky_relu",
+        "elu",
+        "hardswish",
+        "hardsigmoid",
+        "silu",
+        "mish",
+        "gelu",
+        "sigmoid",
+        "tanh",
+    ]
 )
 _UNCHANGED = frozenset(
-    "dropout identity detach contiguous interpolate slice squeeze unsqueeze permute transpose"
-    " channel_shuffle".split()
+    [
+        "dropout",
+        "identity",
+        "detach",
+        "contiguous",
+        "interpolate",
+        "slice",
+        "squeeze",
+        "unsqueeze",
+        "permute",
+        "transpose",
+        "channel_shuffle",
+    ]
 )
 _MOST_POOLED = 64  # averaging more independent values than this changes the deviation little
 
@@ -143,7 +169,12 @@ class SampleFlow:
 
     def combined(self, op: Op, sources: list[Tensor]) -> Tensor | None:
         """Sum, difference, product and quotient of independent values, or with a number."""
-        function = {"add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div}[op.name]
+        functions: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+            "add": torch.add,
+            "sub": torch.sub,
+            "mul": torch.mul,
+            "div": torch.div,
+        }
         left, right = (
             self.values.get(a.name) if isinstance(a, fx.Node) else a
             for a in (op.arguments["input"], op.arguments["other"])
@@ -154,7 +185,7 @@ class SampleFlow:
             right = self._shuffled(right)
             if left.shape != right.shape and 1 not in (left.shape[1], right.shape[1]):
                 return None
-        made = function(torch.as_tensor(left), torch.as_tensor(right))
+        made = functions[op.name](torch.as_tensor(left), torch.as_tensor(right))
         return torch.nan_to_num(made, posinf=0.0, neginf=0.0)
 
     def joined(self, op: Op, sources: list[Tensor]) -> Tensor | None:
@@ -236,9 +267,6 @@ def fill_statistics(prepared: QuantGraphModule, samples: dict[str, Tensor]) -> l
     Returns:
         Names of the values for which there were no samples; their observers stay blind.
     """
-    from fxquant.channel_mean import ChannelMean
-    from fxquant.passes.to_reference import is_observer
-
     blind = []
     for node in prepared.graph.nodes:
         if node.op != "call_module":
@@ -248,8 +276,11 @@ def fill_statistics(prepared: QuantGraphModule, samples: dict[str, Tensor]) -> l
             continue
         source = _source(node)
         found = next(
-            (samples[name] for name in reversed((source.name, *record_of(source).origins))
-             if name in samples),
+            (
+                samples[name]
+                for name in reversed((source.name, *record_of(source).origins))
+                if name in samples
+            ),
             None,
         )
         if found is None:

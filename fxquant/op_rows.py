@@ -117,9 +117,13 @@ class _Reader:
         self.nodes: dict[str, fx.Node] = {node.name: node for node in gm.graph.nodes}
         self.fates = dict(gm.state.fates)
         self.carriers: dict[str, fx.Node] = {}
+        self.patterns: dict[int, list[fx.Node]] = {}
         for node in gm.graph.nodes:
-            for origin in record_of(node).origins:
+            record = record_of(node)
+            for origin in record.origins:
                 self.carriers.setdefault(origin, node)
+            if record.fusion is not None and record.origins:
+                self.patterns.setdefault(record.fusion.group, []).append(node)
 
     def row(self, entry: OpEntry) -> OpRow:
         """The row of one op."""
@@ -257,11 +261,7 @@ class _Reader:
 
     def _members(self, fusion: FusionRecord) -> list[fx.Node]:
         """The nodes of a pattern, in order."""
-        return [
-            node
-            for node in self.gm.graph.nodes
-            if record_of(node).origins and _group(node) == fusion.group
-        ]
+        return self.patterns[fusion.group]
 
     # -- specs and parameters ---------------------------------------------------------------------
 
@@ -355,11 +355,6 @@ NO_REASON: Final = (
     " a reason"
 )
 """Should never be read; the tests look for it."""
-
-
-def _group(node: fx.Node) -> int | None:
-    fusion = record_of(node).fusion
-    return None if fusion is None else fusion.group
 
 
 def _short(spec: QuantSpec | None) -> str:

@@ -215,8 +215,8 @@ def _bind(kind: OpKind, node: fx.Node) -> dict[str, Any] | None:
     for key, value in node.kwargs.items():
         name = key if key in known else aliases.get(key)
         if name is None:
-            if value is None or value is False:
-                continue
+            if value is None or value is False or key.startswith("_"):
+                continue  # it asks for nothing; F.softmax has a _stacklevel for its warnings
             return None
         bound[name] = value
     return bound

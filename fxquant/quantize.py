@@ -93,9 +93,7 @@ def quantize(
     if data is None:
         estimate_ranges(prepared, model, example_inputs, input_mean, input_deviation, diagnostics)
     else:
-        calibrate(
-            prepared, data, forward=forward, num_batches=num_batches, progress=progress
-        )
+        calibrate(prepared, data, forward=forward, num_batches=num_batches, progress=progress)
     int8 = convert_fx(prepared, strict=strict)
     _say_what_stays(int8, diagnostics)
     return int8
@@ -177,6 +175,5 @@ def _say_what_stays(model: QuantGraphModule, diagnostics: Diagnostics) -> None:
 
 
 def _computes(row: OpRow) -> bool:
-    wished = row.reason.startswith("no qconfig")
+    wished = row.reason.startswith(("no qconfig", "nobody reads its result"))
     return row.runs is Runs.FP32 and row.kind in COMPUTE_KINDS and not wished
-

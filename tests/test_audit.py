@@ -230,7 +230,9 @@ def test_a_graph_that_was_not_recompiled_is_noticed() -> None:
 
 
 def test_a_value_that_is_no_integer_is_noticed() -> None:
-    gm = copy.deepcopy(converted(nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3))))
+    gm = copy.deepcopy(
+        converted(nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3)))
+    )
     pool = next(n for n in gm.graph.nodes if "max_pool2d" in record_of(n).kernel)
     with gm.graph.inserting_before(pool):
         x = gm.graph.call_function(torch.dequantize, (pool.args[0],))
@@ -348,7 +350,7 @@ class Adds(nn.Module):
 def test_a_model_without_products_is_judged_by_its_ops() -> None:
     gm = converted(Adds(), inputs=(X, X))
     assert math.isnan(audit(gm).mac_coverage)
-    with pytest.raises(CoverageError, match="of the ops, less than 95.00 %"):
+    with pytest.raises(CoverageError, match=r"of the ops, less than 95\.00 %"):
         assert_int8(gm)
     assert assert_int8(gm, None).op_coverage == 0.0
 

@@ -1,4 +1,4 @@
-"""capture: from any module to a float graph, on a copy, with scopes, and never a bare TraceError."""
+"""capture: from any module to a float graph, on a copy, with scopes and readable errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxquant.capture import capture, own_copy
-from fxquant.errors import CaptureError, CaptureWarning, Diagnostics, ShapeGuardError, StrictModeError
+from fxquant.errors import (
+    CaptureError,
+    CaptureWarning,
+    Diagnostics,
+    ShapeGuardError,
+    StrictModeError,
+)
 from fxquant.graph_module import QuantGraphModule, Stage
 from fxquant.metadata import record_of
 from fxquant.qconfig import default_per_channel_qconfig
@@ -360,11 +366,9 @@ def test_nothing_of_the_callers_model_is_touched(train: bool) -> None:
     model.conv.register_forward_hook(lambda module, inputs, output: output)
     before = everything(model)
     x = IMAGES.clone()
+    step = traced if train else lambda model, x: prepare_fx(model, None, (x,))
     with pytest.warns(CaptureWarning):
-        if train:
-            traced(model, x)
-        else:
-            prepare_fx(model, None, (x,))
+        step(model, x)
     assert everything(model) == before
     assert torch.equal(x, IMAGES)
     assert x._version == 0
@@ -577,7 +581,9 @@ def test_every_kind_of_input() -> None:
     gm = traced(model)
     assert gm.state.signature == ("x", "y", "*rest", "scale", "offset", "**more")
     x, rest = torch.ones(2), torch.full((2,), 3.0)
-    assert torch.equal(gm(x, 4.0, rest, scale=5, extra=6.0), model(x, 4.0, rest, scale=5, extra=6.0))
+    assert torch.equal(
+        gm(x, 4.0, rest, scale=5, extra=6.0), model(x, 4.0, rest, scale=5, extra=6.0)
+    )
     with pytest.raises(TypeError, match="scale"):
         gm(x, 4.0, rest, extra=6.0)
 

@@ -46,7 +46,7 @@ def test_demo() -> None:
     for wanted in (
         r"top-1 of 599 images +9\d\.\d\d % +9\d\.\d\d % ",
         r"size of the state +\d+ KiB +\d+ KiB +3\.\d\d times smaller",
-        r"latency, median +\d+\.\d+ ms +\d+\.\d+ ms +\d+\.\d\d times (faster|SLOWER)",
+        r"latency, median +\d+\.\d+ ms +\d+\.\d+ ms +(\d+\.\d\d times (faster|SLOWER)|the same)",
         r"same class on \d+\.\d\d % of 599 inputs",
         r"int8 coverage: 100\.00 % of multiply-accumulates",
         r"confirmed by the profiler; latency of batch 1 with 1 thread\(s\)",
@@ -65,33 +65,39 @@ def test_demo_quietly_and_without_the_data(
 ) -> None:
     monkeypatch.setenv(DATA_VARIABLE, str(tmp_path / "nowhere"))
     monkeypatch.setattr(demo, "_ROUNDS", 3)
-    before = torch.get_num_threads()
-    assert main(["demo", "--quiet", "--threads", "2"]) == 0
-    assert torch.get_num_threads() == before
+    assert main(["demo", "--quiet"]) == 0
     text, errors = capfd.readouterr()
     assert errors == ""
-    assert "with 2 thread(s), 3 calls" in text
+    assert "with 1 thread(s), 3 calls" in text
     assert f"resnet20_cifar10 is left out: the environment variable {DATA_VARIABLE}" in text
     assert "--no-cifar leaves this part out" in text
     assert "What to type next" not in text
     assert "folded into" not in text
 
 
-def test_demo_takes_resnet_where_its_data_are(
+def test_options_of_the_demo(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown = []
+    shown: list[tuple[object, ...]] = []
+
+    def show(entry: object, thread_count: int, *, quiet: bool, table: bool) -> None:
+        shown.append((entry, thread_count, torch.get_num_threads(), quiet, table))
+
     monkeypatch.setattr(demo, "load", lambda name: name)
-    monkeypatch.setattr(demo, "_show", lambda entry, *_, table, **__: shown.append((entry, table)))
-    demo.run_demo()
-    assert shown == [("digits", True), ("resnet20_cifar10", False)]
+    monkeypatch.setattr(demo, "_show", show)
+    before = torch.get_num_threads()
+    assert main(["demo", "--threads", "2"]) == 0
+    assert torch.get_num_threads() == before
+    assert shown == [("digits", 2, 2, False, True), ("resnet20_cifar10", 2, 2, False, False)]
+    assert "What to type next" in capfd.readouterr().out
     shown.clear()
-    demo.run_demo(cifar=False, quiet=True)
-    assert shown == [("digits", False)]
+    assert main(["demo", "--no-cifar", "--quiet"]) == 0
+    assert shown == [("digits", 1, 1, True, False)]
 
 
 def test_slower_is_said_loudly() -> None:
     assert demo._compared(0.001, 0.002) == ["1.000 ms", "2.000 ms", "2.00 times SLOWER"]
+    assert demo._compared(0.002, 0.002001) == ["2.000 ms", "2.001 ms", "the same"]
     assert demo._compared(0.003, 0.002) == ["3.000 ms", "2.000 ms", "1.50 times faster"]
 
 

@@ -67,6 +67,7 @@ def stages() -> dict[str, QuantGraphModule]:
     x = torch.randn(2, 3, 16, 16)
     with pytest.warns(CaptureWarning, match="opaque island"):
         prepared = prepare_fx(model, OFF, (x,))
+    with pytest.warns(CaptureWarning, match="opaque island"):
         fused = fuse_fx(model)
     calibrate(prepared, [x])
     return {
@@ -222,7 +223,7 @@ def assert_complete(found: Explanation) -> None:
         elif row.carried_by:
             assert row.fate, row
         else:
-            assert row.kernel and row.input and row.output, row
+            assert "" not in (row.kernel, row.input, row.output), row
             assert row.runs is Runs.PLANNED or row.output == "fp32" or row.scale is not None, row
 
 

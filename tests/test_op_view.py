@@ -147,7 +147,10 @@ def test_operands_that_are_numbers_are_no_activations() -> None:
 
 
 def test_cat_is_flat() -> None:
-    for function in (lambda x, y: torch.cat([x, y, x], 1), lambda x, y: torch.cat(tensors=(x, y, x))):
+    for function in (
+        lambda x, y: torch.cat([x, y, x], 1),
+        lambda x, y: torch.cat(tensors=(x, y, x)),
+    ):
         op = view(function)
         assert [node.name for node in op.activations] == ["x", "y", "x"]
 
@@ -212,13 +215,10 @@ def test_an_argument_that_asks_for_nothing_binds() -> None:
 
 
 @pytest.mark.parametrize(
-    "function", [torch.exp, lambda x, y: x.cos(), nn.CELU(), lambda x, y: (x, y)[0].tolist]
+    "function", [lambda x, y: torch.exp(x), lambda x, y: x.cos(), nn.CELU(), lambda x, y: x.shape]
 )
 def test_what_the_catalogue_does_not_know(function: Function) -> None:
-    gm = fx.symbolic_trace(Calls(function if isinstance(function, nn.Module) else function)) if (
-        function is not torch.exp
-    ) else fx.symbolic_trace(Calls(lambda x, y: torch.exp(x)))
-    node = [n for n in gm.graph.nodes if n.op.startswith("call_")][-1]
+    gm, node = last_op(function)
     assert kind_of(gm, node) is None
     assert op_of(gm, node) is None
 

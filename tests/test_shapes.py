@@ -1,4 +1,4 @@
-"""shapes: what every value is with the example inputs, or one warning that says why it is unknown."""
+"""shapes: what every value is with the example inputs, or one warning that says why not."""
 
 from __future__ import annotations
 
@@ -178,7 +178,9 @@ def test_as_arguments() -> None:
 
 
 def test_bind_examples() -> None:
-    def forward(self: Any, a: Any, b: Any = None, *rest: Any, c: Any = True, d: Any = 1) -> None: ...
+    def forward(
+        self: Any, a: Any, b: Any = None, *rest: Any, c: Any = True, d: Any = 1
+    ) -> None: ...
 
     found = bind_examples(forward, (1, 2, 3, 4))
     assert found is not None
@@ -210,9 +212,9 @@ def test_inputs_that_fail_are_told_once_with_shapes_node_cause_and_cure() -> Non
     diagnostics = Diagnostics()
     with pytest.warns(CaptureWarning) as seen:
         assert not record_shapes(gm, (IMAGES,), diagnostics)
-        assert not record_shapes(gm, (IMAGES,), diagnostics)
+    assert not record_shapes(gm, (IMAGES,), diagnostics)  # a second warning would be an error
     (message,) = [str(warning.message) for warning in seen]
-    lines, first = inspect.getsourcelines(Fails.forward)
+    _, first = inspect.getsourcelines(Fails.forward)
     assert "float32[2, 3, 8, 8]" in message
     assert re.search(rf"at node 'fc' \(call_module fc in .*test_shapes\.py:{first + 2}\)", message)
     assert "mat1 and mat2 shapes cannot be multiplied" in message
