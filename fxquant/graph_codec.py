@@ -91,7 +91,9 @@ def _replace_nodes(arguments: Any) -> Any:
 
 def _map_plain(value: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(value, slice):
-        return slice(*(_map_plain(part, function) for part in (value.start, value.stop, value.step)))
+        return slice(
+            *(_map_plain(part, function) for part in (value.start, value.stop, value.step))
+        )
     if isinstance(value, tuple):
         items = [_map_plain(item, function) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)

@@ -110,7 +110,9 @@ class QuantGraphModule(fx.GraphModule):
         state: GraphState | None = None,
     ) -> None:
         packed = {p.name for p in state.packs} if state else set()
-        held = {name: root.__dict__[name] for name in packed if name in getattr(root, "__dict__", {})}
+        held = {
+            name: root.__dict__[name] for name in packed if name in getattr(root, "__dict__", {})
+        }
         super().__init__(root, graph, class_name)
         self.__dict__["_state"] = state or GraphState()
         for name in packed:

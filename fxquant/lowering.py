@@ -180,7 +180,9 @@ class Lowering:
         """Insert the packing of a weight; the prepack pass makes a constant of it."""
         return self.call(PACKERS[packer].function, args, at=at, name=f"{at.name}_packed")
 
-    def emit(self, site: Site, target: Callable[..., Any], args: tuple[Any, ...], kernel: str) -> fx.Node:
+    def emit(
+        self, site: Site, target: Callable[..., Any], args: tuple[Any, ...], kernel: str
+    ) -> fx.Node:
         """Insert the kernel of a site: it carries the site's records and origins."""
         record = record_of(site.op.node)
         origins = tuple(o for node in site.members for o in record_of(node).origins)
@@ -206,7 +208,9 @@ class Lowering:
         )
         return node
 
-    def result(self, site: Site, node: fx.Node, held: Representation, root: fx.Node | None = None) -> None:
+    def result(
+        self, site: Site, node: fx.Node, held: Representation, root: fx.Node | None = None
+    ) -> None:
         """Register ``node`` as the site's int8 result."""
         assert site.quantize is not None
         update_record(node, stands_for=site.quantize.name)

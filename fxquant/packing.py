@@ -53,9 +53,7 @@ def scalar(value: Tensor) -> float | int:
 
 def _quantized_weight(weight: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
     if scale.dim() == 0:
-        return torch._make_per_tensor_quantized_tensor(
-            weight, float(scale), int(zero_point)
-        )
+        return torch._make_per_tensor_quantized_tensor(weight, float(scale), int(zero_point))
     return torch._make_per_channel_quantized_tensor(
         weight, scale.to(torch.float64), zero_point.to(torch.int64), axis
     )
@@ -118,9 +116,7 @@ def pack_non_overlapping(
     if scale.dim() > 0:
         scale, zero_point = scale.repeat(times), zero_point.repeat(times)
     bias = None if bias is None else bias.repeat(times)
-    return pack_conv(
-        blocks, scale, zero_point, bias, 2, [1, 1], [0, 0], [1, 1], 1, engine_name
-    )
+    return pack_conv(blocks, scale, zero_point, bias, 2, [1, 1], [0, 0], [1, 1], 1, engine_name)
 
 
 def pack_linear(

@@ -441,9 +441,7 @@ def _compare_floats(
     )
 
 
-def _row(
-    name: str, kind: str, lowered: fx.Node, distance: Tensor, halfway: Tensor
-) -> ParityRow:
+def _row(name: str, kind: str, lowered: fx.Node, distance: Tensor, halfway: Tensor) -> ParityRow:
     one = distance == 1
     return ParityRow(
         name=name,

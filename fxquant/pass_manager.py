@@ -195,4 +195,3 @@ def _hashable(record: object) -> bool:
     except TypeError:
         return False
     return True
-

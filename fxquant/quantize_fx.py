@@ -192,8 +192,9 @@ def _reference(
         )
     if not isinstance(prepared, QuantGraphModule) or prepared.state.stage is not Stage.PREPARED:
         stage = (
-            f"is {prepared.state.stage.value}" if isinstance(prepared, QuantGraphModule) else
-            "was not made by fxquant"
+            f"is {prepared.state.stage.value}"
+            if isinstance(prepared, QuantGraphModule)
+            else "was not made by fxquant"
         )
         raise NotPreparedError(
             f"incoming model must be produced by prepare_fx; this GraphModule {stage}. Call"

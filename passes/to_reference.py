@@ -259,4 +259,3 @@ class _Weights:
         else:
             add_reason(node, "shares its quantized weight with another call")
         return self.made[key]
-

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from fxquant.errors import DataNotFoundError
 from fxquant.models_zoo.data import DATA_VARIABLE, find_data_dir
@@ -20,6 +21,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write the golden files of tests/**/golden anew instead of comparing with them",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread a process: tests run side by side, and small tensors gain nothing from two."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

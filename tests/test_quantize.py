@@ -148,7 +148,11 @@ def test_samples_have_the_moments_of_real_activations() -> None:
     """Against a model whose inputs really are what the estimate assumes."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(16, 16, 1, groups=16), nn.BatchNorm2d(16), nn.ReLU6(), nn.Conv2d(16, 8, 1), nn.Hardswish()
+        nn.Conv2d(16, 16, 1, groups=16),
+        nn.BatchNorm2d(16),
+        nn.ReLU6(),
+        nn.Conv2d(16, 8, 1),
+        nn.Hardswish(),
     )
     nn.init.uniform_(model[0].weight, 0.5, 1)
     nn.init.uniform_(model[1].weight, 0.5, 3)

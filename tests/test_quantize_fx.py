@@ -170,8 +170,8 @@ def test_positional_arguments_are_those_of_torch() -> None:
 
 def test_fused_and_traced_models_can_be_prepared() -> None:
     model = small()
-    for given in (fuse_fx(model), fx.symbolic_trace(model), fuse_fx(fuse_fx(model))):
-        prepared = prepare_fx(given, {"": A}, (IMAGES,))
+    for source in (fuse_fx(model), fx.symbolic_trace(model), fuse_fx(fuse_fx(model))):
+        prepared = prepare_fx(source, {"": A}, (IMAGES,))
         assert list(observers(prepared).values()) == ["x", "mean"]
         torch.testing.assert_close(prepared(IMAGES), model(IMAGES), rtol=1e-5, atol=1e-5)
 
@@ -320,7 +320,9 @@ def unexplained(prepared: QuantGraphModule) -> list[str]:
     """Ops of the float model that nothing carries out, or that stay in FP32 without a reason."""
     told = {name for name, _ in prepared.state.fates}
     carried = {
-        origin: record_of(node) for node in prepared.graph.nodes for origin in record_of(node).origins
+        origin: record_of(node)
+        for node in prepared.graph.nodes
+        for origin in record_of(node).origins
     }
     return [
         entry.name

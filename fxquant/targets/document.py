@@ -29,8 +29,9 @@ def markdown() -> str:
     return (
         "# Which op runs where\n\n"
         "Made by `python -m fxquant.targets.document`. An op that is not listed runs in FP32"
-        " between a dequantize and a quantize; `explain` says so. Epilogues are activation functions"
-        " that run as part of the op: for nothing (*saturation*: the output range expresses the clamp),"
+        " between a dequantize and a quantize; `explain` says so. Epilogues are activation"
+        " functions that run as part of the op: for nothing (*saturation*: the output range"
+        " expresses the clamp),"
         " inside the kernel (*kernel*), or on the kernel's float result (*float*). Target"
         " `reference` has the same specs and runs float ops between quantize and dequantize.\n\n"
         f"{tables}\n"

@@ -83,7 +83,7 @@ def is_non_overlapping(op: Op) -> bool:
 
 
 def no_wrong_fast_path(op: Op) -> str | None:
-    """fbgemm's direct kernel for transposed convolutions gives garbage (checked by the tests)."""
+    """Fbgemm's direct kernel for transposed convolutions gives garbage (checked by the tests)."""
     inputs, outputs, *kernel = _weight_shape(op)
     plain = all(
         expand(op.arguments[name], len(kernel)) == [value] * len(kernel)

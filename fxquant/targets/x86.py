@@ -21,10 +21,9 @@ from fxquant.targets.guards import (
 )
 from fxquant.targets.table import Epilogue, OutputPolicy, Role, Row, Target
 
-_SATURATION = {
-    kind: Epilogue.SATURATION
-    for kind in ("relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max")
-}
+_SATURATION = dict.fromkeys(
+    ("relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max"), Epilogue.SATURATION
+)
 _FLOAT_FUNCTIONS = ("leaky_relu", "hardswish", "silu", "gelu", "sigmoid", "tanh")
 _CONV_EPILOGUES = (
     _SATURATION
@@ -34,9 +33,7 @@ _CONV_EPILOGUES = (
 _LINEAR_EPILOGUES = (
     _SATURATION
     | dict.fromkeys(_FLOAT_FUNCTIONS, Epilogue.FLOAT)
-    | dict.fromkeys(
-        ("leaky_relu", "hardswish", "silu", "gelu", "tanh"), Epilogue.KERNEL
-    )
+    | dict.fromkeys(("leaky_relu", "hardswish", "silu", "gelu", "tanh"), Epilogue.KERNEL)
 )
 
 

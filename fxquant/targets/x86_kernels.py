@@ -43,7 +43,9 @@ def emit_convolution(site: Site) -> str | None:
     post = _post_op(site.epilogues, _CONVOLUTION_POST_OPS)
     if site.quantize is None:
         if post is None:
-            return _emit_float_head(site, lambda s: _emit_pointwise_convolution(s, inputs[0], weight, ("none", [], "")))
+            return _emit_float_head(
+                site, lambda s: _emit_pointwise_convolution(s, inputs[0], weight, ("none", [], ""))
+            )
         return _emit_pointwise_convolution(site, inputs[0], weight, post)
     clamp = _clamp_epilogue(site.epilogues)
     if clamp is not None or not site.epilogues:
@@ -250,11 +252,11 @@ def _accumulator(site: Site, x: IntValue, other: IntValue) -> fx.Node:
         dtype=torch.uint8,
     )
     if needed:
-        why = "the convolution reads it too" if other.root is x.root else f"{reader!r} reads it later"
-        add_reason(site.op.node, f"the other operand of the sum is copied first: {why}")
-        source = lowering.call(
-            torch.clone, (source,), at=site.last, like=source, dtype=torch.uint8
+        why = (
+            "the convolution reads it too" if other.root is x.root else f"{reader!r} reads it later"
         )
+        add_reason(site.op.node, f"the other operand of the sum is copied first: {why}")
+        source = lowering.call(torch.clone, (source,), at=site.last, like=source, dtype=torch.uint8)
     return source
 
 
@@ -274,9 +276,7 @@ def emit_linear(site: Site) -> str | None:
         return _emit_packed_linear(site, x, weight, clamp)
     if post is not None:
         return _emit_pointwise_linear(site, x, weight, post)
-    return _emit_float_head(
-        site, lambda s: _emit_pointwise_linear(s, x, weight, ("none", [], ""))
-    )
+    return _emit_float_head(site, lambda s: _emit_pointwise_linear(s, x, weight, ("none", [], "")))
 
 
 def _emit_packed_linear(site: Site, x: IntValue, weight: Weight, clamp: Op | None) -> str | None:
@@ -534,8 +534,10 @@ def emit_batch_norm(site: Site) -> str | None:
     clamp = _clamp_epilogue(site.epilogues)
     relu = clamp is not None and bounds_of(clamp)[0] == 0.0
     name = f"batch_norm{_spatial_dimensions(op)}d{'_relu' if relu else ''}"
-    constants = [_constant_node(lowering, op, c, at=site.last) for c in
-                 ("weight", "bias", "running_mean", "running_var")]
+    constants = [
+        _constant_node(lowering, op, c, at=site.last)
+        for c in ("weight", "bias", "running_mean", "running_var")
+    ]
     node = lowering.emit(
         site,
         getattr(torch.ops.quantized, name).default,
@@ -685,9 +687,7 @@ def emit_clamp(site: Site) -> str | None:
         return _FLOAT_INPUT
     low, high = bounds_of(site.op)
     source = site.lowering.held_as(inputs[0], _QUANTIZED, at=site.last)
-    node = site.lowering.emit(
-        site, torch.clamp, (source, low, high), "aten::clamp on quantized"
-    )
+    node = site.lowering.emit(site, torch.clamp, (source, low, high), "aten::clamp on quantized")
     site.lowering.result(site, node, _QUANTIZED)
     return None
 

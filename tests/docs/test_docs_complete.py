@@ -27,7 +27,9 @@ def test_every_pass_has_its_file_and_its_entry() -> None:
     names = {item.name for pipeline in pipelines for item in pipeline.passes}
     entries = set(re.findall(r"^## (\S+)$", (ROOT / "docs/passes.md").read_text(), re.MULTILINE))
     files = {
-        path.stem.replace("_", "-") for path in (ROOT / "passes").glob("*.py") if path.stem[0] != "_"
+        path.stem.replace("_", "-")
+        for path in (ROOT / "passes").glob("*.py")
+        if path.stem[0] != "_"
     }
     assert names == entries == files
 

@@ -1,4 +1,4 @@
-"""Whole networks of the zoo: another resolution, the caller's model, the clamps that cost nothing."""
+"""Whole networks: another resolution, the caller's model, the clamps that cost nothing."""
 
 from __future__ import annotations
 
@@ -80,9 +80,7 @@ def test_relu6_costs_nothing() -> None:
 def test_neither_prepare_nor_convert_touches_the_callers_model() -> None:
     entry = load("digits")
     before = {name: value.clone() for name, value in entry.model.state_dict().items()}
-    attributes = {
-        name: sorted(module.__dict__) for name, module in entry.model.named_modules()
-    }
+    attributes = {name: sorted(module.__dict__) for name, module in entry.model.named_modules()}
     prepared = prepare_fx(entry.model, None, entry.example_inputs)
     calibrate(prepared, entry.calibration[:1], progress=False)
     statistics = {name: value.clone() for name, value in prepared.state_dict().items()}

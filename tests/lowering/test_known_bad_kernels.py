@@ -40,7 +40,7 @@ def test_per_channel_transposed_convolution_is_refused(name: str) -> None:
         1,
     )
     prepack = torch.ops.quantized.conv_transpose2d_prepack
-    with engine(name), pytest.raises(RuntimeError, match="(?i)per.channel"):
+    with engine(name), pytest.raises(RuntimeError, match=r"(?i)per.channel"):
         prepack(weight, None, [1, 1], [0, 0], [0, 0], [1, 1], 1)
 
 
@@ -51,16 +51,19 @@ def test_onednn_transposed_convolution_is_wrong() -> None:
     for outputs in (6, 4):
         integers = torch.randint(-127, 128, (6, outputs, 3, 3), dtype=torch.int8)
         x = _integers(2, 6, 7, 5)
-        exact = F.conv_transpose2d(
-            x.double() - ZERO_POINT, integers.double(), stride=2, padding=1
-        )
+        exact = F.conv_transpose2d(x.double() - ZERO_POINT, integers.double(), stride=2, padding=1)
         scale = float(exact.abs().max()) * SCALE / 120
         for name in ("fbgemm", "onednn"):
             with engine(name):
                 packed = torch.ops.quantized.conv_transpose2d_prepack(
                     torch._make_per_tensor_quantized_tensor(integers, 1.0, 0),
-                    None, [2, 2], [1, 1], [0, 0], [1, 1], 1,
-                )  # fmt: skip
+                    None,
+                    [2, 2],
+                    [1, 1],
+                    [0, 0],
+                    [1, 1],
+                    1,
+                )
                 given = torch.ops.quantized.conv_transpose2d(_quantized(x), packed, scale, 128)
             expected = (exact * SCALE / scale + 128).round().clamp(0, 255)
             wrong[name, outputs] = float((given.int_repr() - expected).abs().max())
@@ -139,9 +142,7 @@ def test_sum_overwrites_its_accumulator() -> None:
     """Why ``_accumulator`` copies: the result *is* the second operand's memory."""
     weight = torch.randint(-127, 128, (4, 4, 1, 1), dtype=torch.int8)
     scale, zero_point = torch.full((4,), 0.01), torch.zeros(4, dtype=torch.int32)
-    packed = torch.ops.onednn.qconv_prepack(
-        weight, scale, 1.0, 0, [1, 1], [0, 0], [1, 1], 1, None
-    )
+    packed = torch.ops.onednn.qconv_prepack(weight, scale, 1.0, 0, [1, 1], [0, 0], [1, 1], 1, None)
     x, other = (
         _integers(1, 4, 5, 5).contiguous(memory_format=torch.channels_last) for _ in range(2)
     )
@@ -210,9 +211,24 @@ def test_the_packing_for_onednn_ignores_the_activation() -> None:
         )
         results.append(
             torch.ops.onednn.qconv_pointwise.default(
-                x, SCALE, ZERO_POINT, packed, scale, zero_point, None, [1, 1], [1, 1], [1, 1], 1,
-                0.5, 100, torch.uint8, "none", [], "",
-            )  # fmt: skip
+                x,
+                SCALE,
+                ZERO_POINT,
+                packed,
+                scale,
+                zero_point,
+                None,
+                [1, 1],
+                [1, 1],
+                [1, 1],
+                1,
+                0.5,
+                100,
+                torch.uint8,
+                "none",
+                [],
+                "",
+            )
         )
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])

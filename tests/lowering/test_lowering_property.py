@@ -57,9 +57,7 @@ def _module(op: str, variant: int) -> nn.Module | None:
         kernel, dilation = ((3, 1), (1, 1), (3, 2), (5, 1))[variant // 4 % 4]
         padding = dilation * (kernel // 2)
         bias = variant % 3 > 0
-        conv = nn.Conv2d(
-            8, 8, kernel, padding=padding, dilation=dilation, groups=groups, bias=bias
-        )
+        conv = nn.Conv2d(8, 8, kernel, padding=padding, dilation=dilation, groups=groups, bias=bias)
         if variant % 5 == 0:
             norm = nn.BatchNorm2d(8)
             nn.init.normal_(norm.running_mean)
@@ -133,9 +131,7 @@ _OPS = ["conv"] * 3 + ["residual"] * 5 + ["block"] * 4 + ["act"] * 3 + ["add"] *
 _OPS += ["move"] * 4 + ["cat"] * 2 + ["mul", "norm", "linear", "up", "again"]
 
 STEPS = st.lists(
-    st.tuples(
-        st.sampled_from(_OPS), st.integers(0, 3), st.integers(0, 3), st.integers(0, 59)
-    ),
+    st.tuples(st.sampled_from(_OPS), st.integers(0, 3), st.integers(0, 3), st.integers(0, 59)),
     min_size=1,
     max_size=9,
 )

@@ -75,9 +75,7 @@ def test_zero_points_from_end_to_end(lower: Lower, offset: float) -> None:
 
 def test_symmetric_activations(lower: Lower) -> None:
     qconfig = QConfig(
-        activation=MinMaxObserver.with_args(
-            dtype=torch.quint8, qscheme=torch.per_tensor_symmetric
-        ),
+        activation=MinMaxObserver.with_args(dtype=torch.quint8, qscheme=torch.per_tensor_symmetric),
         weight=_weight(),
     )
     lower(Net(), torch.randn(2, 3, 9, 9), mapping={"": qconfig}).check(torch.randn(2, 3, 9, 9))

@@ -117,7 +117,12 @@ ROWS: dict[str, Row] = {
         shape=(8, 11, 13),
     ),
     "avg_pool2d": Row(
-        arguments=((2,), (3, 2, 1), ((2, 3), (1, 2), (0, 1), True, False), (3, 2, 1, False, True, 5)),
+        arguments=(
+            (2,),
+            (3, 2, 1),
+            ((2, 3), (1, 2), (0, 1), True, False),
+            (3, 2, 1, False, True, 5),
+        ),
         modules=(lambda: nn.AvgPool2d(3, 2, 1), lambda: nn.AvgPool2d(2, divisor_override=3)),
         shape=(8, 11, 13),
     ),
@@ -128,7 +133,8 @@ ROWS: dict[str, Row] = {
         other=(8, 6, 4, 5),
     ),
     "interpolate": Row(
-        arguments=((None, 2), ((7, 21), None), (None, 2.0, "bilinear"), (None, (1.5, 0.7), "nearest"),
+        arguments=((None, 2), ((7, 21), None), (None, 2.0, "bilinear"),
+                   (None, (1.5, 0.7), "nearest"),
                    ((9, 9), None, "bilinear", True), (None, 1.3, "bilinear", None, True),
                    (None, 1.3, "bilinear", False, False)),
         modules=(lambda: nn.Upsample(scale_factor=2),
@@ -192,7 +198,9 @@ class Sandwich(nn.Module):
         self.stem = _CONV[rank](3, channels, 1)
         self.stem2 = _CONV[rank](3, channels, 1)
         for index, shape in enumerate(row.constants):
-            value = torch.rand([-s for s in shape]) + 0.3 if shape[0] < 0 else torch.randn(shape) / 3
+            value = (
+                torch.rand([-s for s in shape]) + 0.3 if shape[0] < 0 else torch.randn(shape) / 3
+            )
             setattr(self, f"constant{index}", nn.Parameter(value))
         self.pool = _POOL[rank]
         example = torch.zeros(2, 3, *row.shape[1:])
@@ -211,7 +219,9 @@ class Sandwich(nn.Module):
         elif self.module is not None:
             y = self.module(y)
         else:
-            y = self.call(y, *(getattr(self, f"constant{i}") for i in range(len(self.row.constants))))
+            y = self.call(
+                y, *(getattr(self, f"constant{i}") for i in range(len(self.row.constants)))
+            )
         return y if self.head is None else self.head(y)
 
 

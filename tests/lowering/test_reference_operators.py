@@ -36,9 +36,7 @@ def test_per_tensor(scale: float, position: float, dtype: torch.dtype, seed: int
     low, high = _RANGES[dtype]
     zero_point = low + round(position * (high - low))
     x = _values(scale, zero_point, seed)
-    spec = QuantSpec(
-        dtype=dtype, qscheme=torch.per_tensor_affine, quant_min=low, quant_max=high
-    )
+    spec = QuantSpec(dtype=dtype, qscheme=torch.per_tensor_affine, quant_min=low, quant_max=high)
     scale_tensor, zero = torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32)
     qparams = QParams(scale_tensor, zero, spec)
     integers = QUANTIZE(x, scale_tensor, zero, low, high, dtype)
