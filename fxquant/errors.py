@@ -6,7 +6,8 @@
     |-- ConfigError (ValueError)                  a qconfig, a mapping or an option is wrong
     |   |-- SpecError                             dtype, range, axis or qscheme cannot be honoured
     |   |-- UnknownKeyError                       a dict holds a key that nobody reads
-    |   `-- UnmatchedRuleError (LookupError)      a rule names something the model does not have
+    |   |-- UnmatchedRuleError (LookupError)      a rule names something the model does not have
+    |   `-- UnsupportedBackendError (AssertionError)  there are no defaults under that name
     |-- MissingExampleInputsError (TypeError)     prepare_fx was called without example inputs
     |-- NotAGraphModuleError (ValueError)         convert_fx got something that was never traced
     |-- NotPreparedError (AssertionError)         convert_fx got a graph without observers
@@ -58,6 +59,10 @@ class UnknownKeyError(ConfigError):
 
 class UnmatchedRuleError(ConfigError, LookupError):
     """A rule names a module, a regex or a call that the model does not have."""
+
+
+class UnsupportedBackendError(ConfigError, AssertionError):
+    """There are no default qconfigs under the given backend name."""
 
 
 class MissingExampleInputsError(FxQuantError, TypeError):

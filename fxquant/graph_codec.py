@@ -28,9 +28,14 @@ class NodeReference:
     name: str
 
 
+_ANNOTATIONS: dict[str, type] = {
+    kind.__name__: kind for kind in (torch.Tensor, bool, int, float, str)
+}
+
+
 @dataclass(frozen=True, slots=True)
 class EncodedNode:
-    """One node as plain data."""
+    """One node as plain data; of type annotations, the plain ones."""
 
     name: str
     op: str
@@ -39,6 +44,7 @@ class EncodedNode:
     kwargs: Any
     record: NodeRecord
     stack_trace: str | None
+    annotation: str = ""
 
 
 def encode_graph(graph: fx.Graph) -> list[EncodedNode]:
@@ -52,6 +58,7 @@ def encode_graph(graph: fx.Graph) -> list[EncodedNode]:
             kwargs=_replace_nodes(node.kwargs),
             record=record_of(node),
             stack_trace=node.stack_trace,
+            annotation=_encode_annotation(node.type),
         )
         for node in graph.nodes
     ]
@@ -73,6 +80,7 @@ def decode_graph(nodes: list[EncodedNode]) -> fx.Graph:
             _map_plain(item.args, restore),
             _map_plain(item.kwargs, restore),
             name=item.name,
+            type_expr=_decode_annotation(item.annotation),
         )
         node._rename(item.name)
         if item.stack_trace is not None:
@@ -80,6 +88,17 @@ def decode_graph(nodes: list[EncodedNode]) -> fx.Graph:
         set_record(node, item.record)
         made[item.name] = node
     return graph
+
+
+def _encode_annotation(annotation: object) -> str:
+    """A plain type by its name; an annotation that was left as text in quotes; else nothing."""
+    if isinstance(annotation, str):
+        return f"'{annotation}'" if annotation.isidentifier() else ""
+    return next((name for name, kind in _ANNOTATIONS.items() if kind is annotation), "")
+
+
+def _decode_annotation(text: str) -> Any:
+    return text[1:-1] if text.startswith("'") else _ANNOTATIONS.get(text)
 
 
 def _replace_nodes(arguments: Any) -> Any:

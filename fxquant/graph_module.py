@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxquant.clamps import high_is_free, low_is_free
 from fxquant.graph_codec import EncodedNode, decode_graph, encode_graph
 from fxquant.metadata import record_of, set_record
 from fxquant.op_view import attribute
@@ -72,6 +73,29 @@ class PackRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AbsorbedClamp:
+    """A bound of a clamp that is not in the graph, because an output range expresses it.
+
+    Attributes:
+        name: the clamp's node in the float graph.
+        low: lower bound that was absorbed, or ``None``.
+        high: upper bound that was absorbed, or ``None``.
+        scale: name of the scale buffer of the range.
+        zero_point: name of its zero-point buffer.
+        quant_min: smallest integer of the range.
+        quant_max: largest integer of the range.
+    """
+
+    name: str
+    low: float | None
+    high: float | None
+    scale: str
+    zero_point: str
+    quant_min: int
+    quant_max: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GraphState:
     """What holds for a whole graph, beside its nodes.
 
@@ -81,6 +105,7 @@ class GraphState:
         ledger: the ops of the float graph, in order.
         fates: what became of ops that no node carries out any more: (name, sentence).
         packs: the packed constants.
+        absorbed: the clamps that hold only as long as the ranges are what they were.
         shapes_known: example inputs ran, so that tensor nodes have value records.
         signature: names of the inputs.
         reference: of a lowered graph: the reference graph it was made from, to be saved and
@@ -92,6 +117,7 @@ class GraphState:
     ledger: tuple[OpEntry, ...] = ()
     fates: tuple[tuple[str, str], ...] = ()
     packs: tuple[PackRecord, ...] = ()
+    absorbed: tuple[AbsorbedClamp, ...] = ()
     shapes_known: bool = False
     signature: tuple[str, ...] = ()
     reference: tuple[EncodedNode, ...] = ()
@@ -147,7 +173,28 @@ class QuantGraphModule(fx.GraphModule):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        errors = args[-1]  # what load_state_dict raises as one RuntimeError
+        errors.extend(self._clamps_lost())
         self.rebuild_packed()
+
+    def _clamps_lost(self) -> list[str]:
+        """Absorbed clamps that the present ranges do not express."""
+        lost = []
+        for clamp in self._state.absorbed:
+            scale, zero_point = getattr(self, clamp.scale, None), getattr(self, clamp.zero_point, None)
+            if scale is None or zero_point is None:
+                continue
+            if not (
+                low_is_free(clamp.low, scale, zero_point, clamp.quant_min)
+                and high_is_free(clamp.high, scale, zero_point, clamp.quant_max)
+            ):
+                lost.append(
+                    f"the clamp {clamp.name!r} is not in this graph, because the range it was"
+                    f" converted with expressed it; the loaded range (scale {float(scale):.6g},"
+                    f" zero point {int(zero_point)}) does not. Call convert_fx on a model with the"
+                    " loaded statistics instead"
+                )
+        return lost
 
     # -- copies and pickles -------------------------------------------------------------------
 

@@ -158,6 +158,8 @@ def op_of(gm: fx.GraphModule, node: fx.Node) -> Op | None:
                 bound[parameter] = default
         for parameter, attribute_name in names.items():
             bound.setdefault(parameter, getattr(module, attribute_name))
+        if "inplace" in bound:
+            bound["inplace"] = bool(getattr(module, "inplace", False))
     elif any(bound.get(name, REQUIRED) is REQUIRED for name, _ in kind.signature):
         return None
     return Op(node=node, kind=kind, form=form, arguments=bound, owner=gm)

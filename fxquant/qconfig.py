@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import nn
 
-from fxquant.errors import ConfigError, SpecError, did_you_mean
+from fxquant.errors import ConfigError, SpecError, UnsupportedBackendError, did_you_mean
 from fxquant.fake_quantize import (
     FusedMovingAvgObsFakeQuantize,
     default_dynamic_fake_quant,
@@ -427,10 +427,6 @@ BACKENDS: Final[Mapping[str, BackendDefaults]] = {
         default_fused_wt_fake_quant,
     ),
 }
-
-
-class UnsupportedBackendError(ConfigError, AssertionError):
-    """A backend that has no defaults; also an ``AssertionError``, as torch.ao raises."""
 
 
 def backend_defaults(backend: str) -> BackendDefaults:

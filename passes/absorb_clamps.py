@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from fxquant.clamps import CLAMP_KINDS, bounds_of, high_is_free, low_is_free
-from fxquant.graph_module import QuantGraphModule
+from fxquant.graph_module import AbsorbedClamp, QuantGraphModule
 from fxquant.metadata import add_reason, record_of, update_record
 from fxquant.op_view import attribute, op_of
 from fxquant.operators import DEQUANTIZE, QUANTIZE
@@ -52,10 +52,12 @@ class AbsorbClamps(Pass):
             high_free = high_is_free(high, scale, zero_point, int(quant_max))
             if low_free and high_free:
                 source = op.activations[0]
+                _remember(gm, node.name, low, high, quantize)
                 add_reason(node, f"{op.name} is free: the output range expresses it")
                 rewriter.absorb(source, node)
                 _carry_upstream(source)
             elif high_free and low == 0.0 and op.name != "relu":
+                _remember(gm, node.name, None, high, quantize)
                 rewriter.retarget(node, torch.relu, (op.activations[0],))
                 add_reason(node, f"the upper bound {high} of {op.name} is free: a relu is left")
             else:
@@ -68,6 +70,25 @@ class AbsorbClamps(Pass):
                     )
                 )
         return PassResult(changes=rewriter.finish(), refusals=tuple(refusals))
+
+
+def _remember(
+    gm: QuantGraphModule, name: str, low: float | None, high: float | None, quantize: fx.Node
+) -> None:
+    """Note what the range must go on expressing, for when other numbers are loaded."""
+    scale, zero_point, quant_min, quant_max = quantize.args[1:5]
+    assert isinstance(scale, fx.Node) and isinstance(zero_point, fx.Node)
+    assert isinstance(quant_min, int) and isinstance(quant_max, int)
+    clamp = AbsorbedClamp(
+        name=name,
+        low=low,
+        high=high,
+        scale=str(scale.target),
+        zero_point=str(zero_point.target),
+        quant_min=quant_min,
+        quant_max=quant_max,
+    )
+    gm.update_state(absorbed=(*gm.state.absorbed, clamp))
 
 
 def _carry_upstream(source: fx.Node) -> None:

@@ -42,13 +42,11 @@ class FoldBatchNorm(Pass):
 
     def run(self, gm: QuantGraphModule, context: PassContext) -> PassResult:
         """Fold every match; batch-norms that stay say why in their record."""
-        report = match_all(gm, FOLD_PATTERNS)
-        _refuse_training(gm, report)
-        _warn_of_rank(report, context)
         rewriter = GraphRewriter(gm, self.name)
-        for match in report.matches:
-            base, norm = match.ops
-            fold(rewriter, base, norm)
+        while (report := _matches(gm, context)).matches:
+            for match in report.matches:  # another batch-norm may follow each
+                base, norm = match.ops
+                fold(rewriter, base, norm)
         nodes = {node.name: node for node in gm.graph.nodes}
         refusals = []
         for refusal in report.refusals:
@@ -64,6 +62,13 @@ class FoldBatchNorm(Pass):
                     add_reason(user, f"not folded: {refusal.reason}")
                     rewriter.changes += record_of(user) != before
         return PassResult(changes=rewriter.finish(), refusals=tuple(refusals))
+
+
+def _matches(gm: QuantGraphModule, context: PassContext) -> MatchReport:
+    report = match_all(gm, FOLD_PATTERNS)
+    _refuse_training(gm, report)
+    _warn_of_rank(report, context)
+    return report
 
 
 def _refuse_training(gm: QuantGraphModule, report: MatchReport) -> None:

@@ -86,8 +86,10 @@ class PropagateQConfigs(Pass):
                     + (did_you_mean(scope, paths) if scope not in paths else "")
                 )
         if problems:
+            text = "; ".join(problems)
+            end = "" if text.endswith("?") else "."
             raise UnmatchedRuleError(
-                "; ".join(problems) + ". Correct the rule or remove it; nothing was quantized"
+                f"{text}{end} Correct the rule or remove it; nothing was quantized"
             )
         for kind in mapping.object_type_qconfigs:
             if ("object_type", kind) not in matched and kind not in mapping.default_object_types:

@@ -110,6 +110,12 @@ def test_forms_of_one_kind(name: str, index: int) -> None:
     )
 
 
+@pytest.mark.parametrize("flag", [True, False])
+def test_the_flag_of_a_module(flag: bool) -> None:
+    for module in (nn.ReLU(flag), nn.Hardtanh(inplace=flag), nn.Dropout(inplace=flag)):
+        assert view(module).arguments["inplace"] is flag
+
+
 def test_form() -> None:
     assert view(nn.ReLU()).form is Form.MODULE
     assert view(lambda x, y: F.relu(x)).form is Form.FUNCTION

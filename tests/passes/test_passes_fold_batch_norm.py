@@ -233,6 +233,12 @@ def test_forms(conv: bool, norm: bool, bias: bool, keywords: bool) -> None:
     assert len([n for n in gm.graph.nodes if n.op.startswith("call_")]) == 1
 
 
+def test_two_in_a_row() -> None:
+    gm, result = fold(nn.Sequential(nn.Conv2d(4, 6, 1), *map(nn.BatchNorm2d, (6, 6, 6))), IMAGES)
+    assert norms(gm) == 0
+    assert not result.refusals
+
+
 def test_gradients_are_asked_for_as_before() -> None:
     model = lively(Plain())
     model.conv.weight.requires_grad_(False)
