@@ -181,7 +181,8 @@ class QuantGraphModule(fx.GraphModule):
         """Absorbed clamps that the present ranges do not express."""
         lost = []
         for clamp in self._state.absorbed:
-            scale, zero_point = getattr(self, clamp.scale, None), getattr(self, clamp.zero_point, None)
+            scale = getattr(self, clamp.scale, None)
+            zero_point = getattr(self, clamp.zero_point, None)
             if scale is None or zero_point is None:
                 continue
             if not (

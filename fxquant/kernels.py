@@ -36,3 +36,23 @@ def interleave(x: Tensor, height: int, width: int) -> Tensor:
     blocks = x.permute(0, 2, 3, 1).reshape(batch, rows, columns, height, width * each)
     pixels = blocks.transpose(2, 3).reshape(batch, rows * height, columns * width, each)
     return pixels.permute(0, 3, 1, 2)
+
+
+def chunk(x: Tensor, chunks: int, dim: int, index: int) -> Tensor:
+    """One piece of ``x.chunk(chunks, dim)``."""
+    return x.chunk(chunks, dim)[index]
+
+
+def split(x: Tensor, sizes: int | list[int], dim: int, index: int) -> Tensor:
+    """One piece of ``x.split(sizes, dim)``."""
+    return x.split(sizes, dim)[index]  # type: ignore[no-any-return,no-untyped-call]  # torch has no types for it
+
+
+def tensor_split(x: Tensor, sections: int | list[int], dim: int, index: int) -> Tensor:
+    """One piece of ``x.tensor_split(sections, dim)``."""
+    return x.tensor_split(sections, dim)[index]
+
+
+def unbind(x: Tensor, dim: int, index: int) -> Tensor:
+    """One piece of ``x.unbind(dim)``."""
+    return x.unbind(dim)[index]

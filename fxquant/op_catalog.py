@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fxquant import kernels
+
 REQUIRED = object()
 """Marks a parameter of a signature that has no default."""
 
@@ -32,6 +34,7 @@ class OpKind:
         methods: the ``torch.Tensor`` method names that mean this kind.
         modules: module class -> names of the attributes that stand for parameters
             (parameter name -> attribute name); constants are read under their own names.
+        named: qualified names of functions of other libraries, which are not imported for it.
         inplace: functions and methods that also write their first argument.
         variadic: the method form takes the last parameter as separate arguments too
             (``x.view(2, -1)``).
@@ -44,6 +47,7 @@ class OpKind:
     functions: tuple[Callable[..., object], ...] = ()
     methods: tuple[str, ...] = ()
     modules: dict[type[nn.Module], dict[str, str]] = field(default_factory=dict)
+    named: tuple[str, ...] = ()
     inplace: tuple[object, ...] = ()
     variadic: bool = False
 
@@ -467,6 +471,11 @@ KINDS: tuple[OpKind, ...] = (
     ),
     _unary("squeeze", (torch.squeeze,), extra="dim", methods=("squeeze",), dim=None),
     _unary("unsqueeze", (torch.unsqueeze,), extra="dim", methods=("unsqueeze",)),
+    # One piece each: the take-pieces pass makes these of ``x.chunk(2)[0]`` and its like.
+    _unary("chunk", (kernels.chunk,), extra="chunks dim index"),
+    _unary("split", (kernels.split,), extra="sizes dim index"),
+    _unary("tensor_split", (kernels.tensor_split,), extra="sections dim index"),
+    _unary("unbind", (kernels.unbind,), extra="dim index"),
     OpKind(
         name="slice",
         signature=_signature("input index"),
@@ -489,6 +498,11 @@ KINDS: tuple[OpKind, ...] = (
         attributes=_same("p", "training"),
         p=0.5,
         training=True,
+    ),
+    OpKind(
+        name="stochastic_depth",
+        signature=_signature("input p mode training", training=True),
+        named=("torchvision.ops.stochastic_depth.stochastic_depth",),
     ),
     _unary("identity", (), nn.Identity),
     _unary(
@@ -516,6 +530,7 @@ KINDS: tuple[OpKind, ...] = (
 
 KIND_BY_NAME: dict[str, OpKind] = {kind.name: kind for kind in KINDS}
 KIND_BY_FUNCTION: dict[object, OpKind] = {f: kind for kind in KINDS for f in kind.functions}
+KIND_BY_QUALIFIED_NAME: dict[str, OpKind] = {n: kind for kind in KINDS for n in kind.named}
 KIND_BY_METHOD: dict[str, OpKind] = {m: kind for kind in KINDS for m in kind.methods}
 KIND_BY_MODULE: dict[type[nn.Module], OpKind] = {
     module: kind for kind in KINDS for module in kind.modules

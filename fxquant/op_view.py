@@ -19,6 +19,7 @@ from fxquant.op_catalog import (
     KIND_BY_FUNCTION,
     KIND_BY_METHOD,
     KIND_BY_MODULE,
+    KIND_BY_QUALIFIED_NAME,
     REQUIRED,
     OpKind,
 )
@@ -122,7 +123,9 @@ def kind_of(gm: fx.GraphModule, node: fx.Node) -> OpKind | None:
     if node.op == "call_module":
         return KIND_BY_MODULE.get(type(gm.get_submodule(str(node.target))))
     if node.op == "call_function":
-        return KIND_BY_FUNCTION.get(node.target)
+        return KIND_BY_FUNCTION.get(node.target) or KIND_BY_QUALIFIED_NAME.get(
+            f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__qualname__', '')}"
+        )
     if node.op == "call_method":
         return KIND_BY_METHOD.get(str(node.target))
     return None

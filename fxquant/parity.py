@@ -303,9 +303,11 @@ class _Region:
         scale, zero_point = (_constant(self.gm, a) for a in (scale_node, zero_node))
         if axis and axis[0] is not None:
             shape = [1] * integers.dim()
-            shape[int(axis[0])] = -1
+            assert isinstance(axis[0], int)
+            shape[axis[0]] = -1
             scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
-        return (integers.to(torch.float64) - zero_point.to(torch.float64)) * scale.to(torch.float64)
+        wide: Tensor = integers.to(torch.float64) - zero_point.to(torch.float64)
+        return wide * scale.to(torch.float64)
 
     def _add_terms(self, op: Op) -> None:
         """Note what is added to the sum in float32, whose rounding the result inherits."""

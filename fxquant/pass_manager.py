@@ -26,6 +26,8 @@ class Fact(Enum):
 
     FUNCTIONAL = "no op writes its input in place"
     NO_IDENTITIES = "ops that do nothing in evaluation are gone"
+    PIECES_TAKEN = "every piece of a split tensor has an op of its own"
+    SHUFFLES_RECOGNIZED = "channel shuffles that are spelt out are one op"
     BATCH_NORM_FOLDED = "batch-norms that can be folded are folded"
     FUSED = "fused patterns are marked"
     QCONFIGS = "every op has its qconfig"

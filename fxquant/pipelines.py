@@ -16,8 +16,10 @@ from fxquant.passes.insert_observers import InsertObservers
 from fxquant.passes.lower import Lower
 from fxquant.passes.prepack import Prepack
 from fxquant.passes.propagate_qconfigs import PropagateQConfigs
+from fxquant.passes.recognize_channel_shuffle import RecognizeChannelShuffle
 from fxquant.passes.remove_identities import RemoveIdentities
 from fxquant.passes.share_parameters import ShareParameters
+from fxquant.passes.take_pieces import TakePieces
 from fxquant.passes.to_reference import ToReference
 from fxquant.qconfig_mapping import QConfigMapping
 
@@ -51,6 +53,8 @@ def prepare_pipeline(
             PropagateQConfigs(mapping, known_paths),  # first: a bad rule is told before any work
             Functionalize(),  # in-place writes would hide who reads what
             RemoveIdentities(),  # dropout and identity would stand between pattern members
+            TakePieces(),  # specs are about ops with one result
+            RecognizeChannelShuffle(),  # four ops on int8 values take five times as long as one
             FoldBatchNorm(),  # weights must be final before they are observed
             FusePatterns(),  # values inside a pattern are not observed
             Annotate(),  # specs from qconfig and op table

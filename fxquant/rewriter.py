@@ -147,6 +147,11 @@ class GraphRewriter:
         if op in ("call_module", "get_attr"):
             self._orphans.append(old)
 
+    def retarget_method(self, node: fx.Node, method: str) -> None:
+        """Let ``node``, a method call, call another method with the same arguments."""
+        node.target = method
+        self.changes += 1
+
     def replace_argument(self, user: fx.Node, old: fx.Node, new: fx.Node) -> None:
         """Let ``user`` read ``new`` wherever it read ``old``."""
         user.replace_input_with(old, new)

@@ -20,7 +20,7 @@ class Accuracy:
         agreement: inputs on which both name the same class, percent.
         sqnr_db: 10 log10 of the power of the FP32 logits over that of the difference, on the
             evaluation images.
-        images: number of evaluation images.
+        images: number of evaluation images (of their pixels, for segmentation).
         agreement_inputs: number of inputs behind ``agreement``.
     """
 
@@ -43,7 +43,7 @@ def compare(entry: ZooEntry, model: Model) -> Accuracy:
     Every input goes through both models once; the evaluation images come first among the
     agreement inputs, so accuracy and noise are read off the same logits.
     """
-    labels = torch.cat([labels for _, labels in entry.evaluation])
+    labels = torch.cat([labels.flatten() for _, labels in entry.evaluation])
     inputs = entry.agreement_inputs()
     float_logits = entry.fp32_logits
     int8_logits = entry.logits(model, inputs)
@@ -60,6 +60,5 @@ def compare(entry: ZooEntry, model: Model) -> Accuracy:
 
 def logit_sqnr(entry: ZooEntry, model: Model) -> float:
     """Only the noise of :func:`compare`: one pass over the evaluation images."""
-    batches = [inputs for inputs, _ in entry.evaluation]
-    reference = entry.fp32_logits[: sum(len(batch) for batch in batches)]
-    return metrics.sqnr_db(reference, entry.logits(model, batches))
+    logits = entry.logits(model, (inputs for inputs, _ in entry.evaluation))
+    return metrics.sqnr_db(entry.fp32_logits[: len(logits)], logits)

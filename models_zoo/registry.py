@@ -1,8 +1,8 @@
 """One way to load every model of the zoo, with its data and its metric.
 
 ``load(name)`` gives a :class:`ZooEntry`; ``names()`` lists what can be loaded. ``digits`` needs no
-data folder. Beyond the list, ``load("torchvision/<model>")`` takes any classification model of an
-installed torchvision.
+data folder. Beyond the list, ``load("torchvision/<model>")`` takes any model of an installed
+torchvision for classification or segmentation.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +37,15 @@ from fxquant.models_zoo.squeezenet import SqueezeNet11
 from fxquant.models_zoo.torchvision_models import (
     SyntheticSource,
     build,
+    is_segmentation,
+    logit_rows,
+    output_of,
     realistic_bn_statistics,
     seeded_images,
+    side_of,
 )
 
-Model: TypeAlias = Callable[[Tensor], Tensor]
+Model: TypeAlias = Callable[[Tensor], Any]
 """What a metric can measure: a module, a graph module, or any function of one batch."""
 
 TORCHVISION_PREFIX = "torchvision/"
@@ -64,6 +68,7 @@ class ZooEntry:
         images: where the images come from; not needed by callers.
         preprocess: turns uint8 images into the model's inputs.
         first_class: columns of the output before the first real class (1 for a background class).
+        output: key of the output that counts, for a model that returns a dict; else empty.
         augmented: whether :meth:`agreement_inputs` holds five views of every evaluation image.
         batch_size: rows of a batch.
     """
@@ -76,6 +81,7 @@ class ZooEntry:
     images: ImageSource = field(repr=False)
     preprocess: Preprocess = field(repr=False)
     first_class: int = 0
+    output: str = ""
     augmented: bool = False
     batch_size: int = 50
 
@@ -109,18 +115,23 @@ class ZooEntry:
         return LazyBatches(variants * len(slices), make)
 
     def metric(self, model: Model) -> float:
-        """Top-1 of ``model`` on the evaluation images, in percent."""
+        """Top-1 of ``model`` on the evaluation images (their pixels), in percent."""
         _, labels = self._evaluation_images
-        return metrics.top1(self.logits(model, (inputs for inputs, _ in self.evaluation)), labels)
+        logits = self.logits(model, (inputs for inputs, _ in self.evaluation))
+        return metrics.top1(logits, labels.flatten())
 
     def agreement(self, model: Model) -> float:
         """Percent of :meth:`agreement_inputs` on which ``model`` and the FP32 model agree."""
         return metrics.agreement(self.fp32_logits, self.logits(model, self.agreement_inputs()))
 
     def logits(self, model: Model, inputs: Iterable[Tensor]) -> Tensor:
-        """The outputs of ``model`` for batches of inputs, real classes only: ``(N, classes)``."""
+        """The outputs of ``model`` for batches of inputs, real classes only: ``(N, classes)``.
+
+        A segmentation model has a row for every pixel.
+        """
         with torch.no_grad():
-            return torch.cat([model(batch)[:, self.first_class :] for batch in inputs])
+            rows = [logit_rows(model(batch), self.output) for batch in inputs]
+        return torch.cat(rows)[:, self.first_class :]
 
     @cached_property
     def _evaluation_images(self) -> tuple[Tensor, Tensor]:
@@ -146,6 +157,7 @@ def load(
     *,
     data_dir: DataDir = None,
     weights: str | None = None,
+    side: int | None = None,
 ) -> ZooEntry:
     """Load a model of the zoo with its data.
 
@@ -155,14 +167,17 @@ def load(
         weights: for torchvision only: None for seeded random weights with realistic batch-norm
             statistics, or the name of trained weights such as ``"DEFAULT"``, which torchvision
             downloads.
+        side: for torchvision with seeded pictures only: their height and width in pixels; None is
+            224, or what the model was made for.
 
     Raises:
-        ConfigError: there is no such model, or ``weights`` is given for one that has its own.
+        ConfigError: there is no such model, or ``weights`` or ``side`` is given for one that has
+            weights and images of its own.
         DataNotFoundError: the model's weights or images are not in the data folder.
         MissingDependencyError: an optional dependency of the model is not installed.
     """
     if name.startswith(TORCHVISION_PREFIX):
-        return _torchvision(name, data_dir, weights)
+        return _torchvision(name, data_dir, weights, side)
     if name not in _BUILDERS:
         raise ConfigError(
             f"there is no zoo model {name!r}{did_you_mean(name, _BUILDERS)}; known are "
@@ -172,6 +187,11 @@ def load(
         raise ConfigError(
             f"weights={weights!r} was given for {name!r}, which has weights of its own; "
             f"weights= is for {TORCHVISION_PREFIX}<model> only"
+        )
+    if side is not None:
+        raise ConfigError(
+            f"side={side} was given for {name!r}, whose images have their size; side= is for"
+            f" {TORCHVISION_PREFIX}<model> only"
         )
     return _BUILDERS[name](data_dir)
 
@@ -256,24 +276,37 @@ def _squeezenet1_1(data_dir: DataDir) -> ZooEntry:
     )
 
 
-def _torchvision(name: str, data_dir: DataDir, weights: str | None) -> ZooEntry:
-
-    model = build(name.removeprefix(TORCHVISION_PREFIX), weights)
+def _torchvision(
+    name: str, data_dir: DataDir, weights: str | None, side: int | None
+) -> ZooEntry:
+    short = name.removeprefix(TORCHVISION_PREFIX)
+    model = build(short, weights)
+    segmentation = is_segmentation(short)
+    synthetic = weights is None or segmentation  # the images at hand have no labelled pixels
     images: ImageSource
-    if weights is None:
-        realistic_bn_statistics(model, [data.normalized(seeded_images(16, seed=2))])
-        images = SyntheticSource(model, data.normalized)
-        trained = "seeded random weights; labels are its own FP32 classes"
+    if synthetic:
+        side = side_of(short) if side is None else side
+        if weights is None:
+            pictures = seeded_images(16, seed=2, side=side)
+            realistic_bn_statistics(model, [data.normalized(pictures)])
+        images = SyntheticSource(
+            model=model, preprocess=data.normalized, side=side, output=output_of(short)
+        )
+    elif side is not None:
+        raise ConfigError(f"side={side} was given, but {name!r} with weights reads photographs")
     else:
         images = ImageNetSource(find_data_dir(data_dir))
-        trained = f"weights {weights!r}"
+    trained = "seeded random weights" if weights is None else f"weights {weights!r}"
     return _with_example(
         name=name,
-        description=f"torchvision, {trained}",
+        description=f"torchvision, {trained}"
+        + ("; labels are its own FP32 classes" if synthetic else ""),
         model=model,
-        reference_metric=100.0 if weights is None else None,
+        reference_metric=100.0 if synthetic else None,
         images=images,
         preprocess=data.normalized,
+        output=output_of(short),
+        batch_size=10 if segmentation else 50,
     )
 
 
@@ -286,7 +319,9 @@ def _with_example(
     images: ImageSource,
     preprocess: Preprocess,
     first_class: int = 0,
+    output: str = "",
     augmented: bool = False,
+    batch_size: int = 50,
 ) -> ZooEntry:
     """An entry in eval mode whose example input is the first calibration image."""
     return ZooEntry(
@@ -298,7 +333,9 @@ def _with_example(
         images=images,
         preprocess=preprocess,
         first_class=first_class,
+        output=output,
         augmented=augmented,
+        batch_size=batch_size,
     )
 
 

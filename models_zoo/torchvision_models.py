@@ -1,9 +1,11 @@
-"""Classification models of torchvision, trained or with seeded random weights."""
+"""Models of torchvision for classification and segmentation, trained or with seeded weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +17,17 @@ from fxquant.models_zoo.torchvision_import import import_torchvision
 
 _WEIGHT_SEED = 0
 _SIDE = 224
+_SEGMENTATION_SIDE = 128  # their backbones are dilated: every pixel costs as 16 elsewhere
+_SIDES: Mapping[str, int] = {"inception_v3": 299}
+# Said, since leaving it out makes torchvision warn that it will be said some day.
+_OPTIONS: Mapping[str, Mapping[str, Any]] = dict.fromkeys(
+    ("googlenet", "inception_v3"), {"init_weights": True}
+)
+_SEGMENTATION_OUTPUT = "out"
 
 
 def build(name: str, weights: str | None = None) -> nn.Module:
-    """A classification model of torchvision, in eval mode.
+    """A model of torchvision for classification or segmentation, in eval mode.
 
     Args:
         name: as torchvision lists it, such as ``"resnet18"``.
@@ -26,24 +35,63 @@ def build(name: str, weights: str | None = None) -> nn.Module:
             as ``"DEFAULT"``, which torchvision downloads or takes from its cache.
 
     Raises:
-        ConfigError: torchvision has no such classification model, or no such weights for it.
+        ConfigError: torchvision has no such model, or no such weights for it.
         MissingDependencyError: torchvision is not installed.
     """
     models = import_torchvision().models
-    known = models.list_models(module=models)
+    segmentation = _segmentation_models(models)
+    known = [*models.list_models(module=models), *segmentation]
     if name not in known:
         raise ConfigError(
-            f"torchvision has no classification model {name!r}{did_you_mean(name, known)}"
+            "torchvision has no classification or segmentation model"
+            f" {name!r}{did_you_mean(name, known)}"
         )
     choices = ("DEFAULT", *models.get_model_weights(name).__members__)
     if weights is not None and weights not in choices:
         raise ConfigError(
             f"{name!r} has no weights {weights!r} in torchvision; it has {', '.join(choices)}"
         )
+    options = dict(_OPTIONS.get(name, {})) if weights is None else {}
+    if name in segmentation and weights is None:
+        options["weights_backbone"] = None  # else torchvision downloads trained ones
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_WEIGHT_SEED)
-        model: nn.Module = models.get_model(name, weights=weights)
+        model: nn.Module = models.get_model(name, weights=weights, **options)
     return model.eval()
+
+
+def is_segmentation(name: str) -> bool:
+    """Whether torchvision has ``name`` for segmentation: such models return a dict."""
+    return name in _segmentation_models(import_torchvision().models)
+
+
+def side_of(name: str) -> int:
+    """Height and width of the pictures that ``name`` is shown, in pixels."""
+    return _SIDES.get(name, _SEGMENTATION_SIDE if is_segmentation(name) else _SIDE)
+
+
+def output_of(name: str) -> str:
+    """The key of the output that counts, or nothing for a model that returns a tensor."""
+    return _SEGMENTATION_OUTPUT if is_segmentation(name) else ""
+
+
+def _segmentation_models(models: ModuleType) -> list[str]:
+    found: list[str] = models.list_models(module=models.segmentation)
+    return found
+
+
+def logit_rows(output: Any, key: str = "") -> Tensor:
+    """What a model returned, as one row of logits for every thing that it classifies.
+
+    Args:
+        output: logits ``(N, classes)`` or ``(N, classes, H, W)``, or a dict of such.
+        key: of the dict; empty where there is none.
+
+    Returns:
+        ``(N, classes)``, or ``(N * H * W, classes)``: a row for every pixel.
+    """
+    logits: Tensor = output[key] if key else output
+    return logits if logits.dim() == 2 else logits.movedim(1, -1).reshape(-1, logits.shape[1])
 
 
 def realistic_bn_statistics(model: nn.Module, inputs: Iterable[Tensor]) -> None:
@@ -77,7 +125,9 @@ def seeded_images(count: int, *, seed: int, side: int = _SIDE) -> Tensor:
     """Smooth random pictures, the same for the same seed.
 
     Noise of several grid sizes, each upsampled and added, so that, as in photographs, coarse
-    structure is stronger than fine.
+    structure is stronger than fine. Every picture then gets the same mean and contrast, as a camera
+    exposes: a few pictures far brighter than all that a network was calibrated on would decide
+    every figure.
 
     Returns:
         uint8 ``(count, 3, side, side)``.
@@ -87,31 +137,46 @@ def seeded_images(count: int, *, seed: int, side: int = _SIDE) -> Tensor:
     for grid in (2, 4, 8, 16, 32):
         noise = torch.randn(count, 3, grid, grid, generator=generator) * (2.0 / grid) ** 0.5
         picture += F.interpolate(noise, size=(side, side), mode="bilinear", align_corners=False)
-    return (128 + 64 * picture).clamp(0, 255).to(torch.uint8)
+    spread, mean = torch.std_mean(picture, dim=(1, 2, 3), keepdim=True)
+    return (128 + 56 * (picture - mean) / spread).clamp(0, 255).to(torch.uint8)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SyntheticSource:
     """Seeded pictures, labelled with the classes that the FP32 model gives them.
 
     Top-1 on them is the agreement with the FP32 model, and 100 % for that model itself.
+
+    Attributes:
+        model: the FP32 model.
+        preprocess: makes its inputs.
+        side: height and width of the pictures.
+        output: key of the output that counts; empty where the model returns a tensor.
+        calibration_count: pictures to calibrate on.
+        evaluation_count: other pictures to judge by.
     """
 
     model: nn.Module
     preprocess: Preprocess
+    side: int = _SIDE
+    output: str = ""
     calibration_count: int = 50
     evaluation_count: int = 100
 
     def calibration_images(self, limit: int | None = None) -> Tensor:
         """Pictures from a seed of their own."""
-        return seeded_images(self.calibration_count, seed=0)[:limit]
+        return seeded_images(self.calibration_count, seed=0, side=self.side)[:limit]
 
     def evaluation_images(self) -> tuple[Tensor, Tensor]:
-        """Pictures from another seed, and the FP32 model's classes."""
-        images = seeded_images(self.evaluation_count, seed=1)
+        """Pictures from another seed, and the FP32 model's classes, of pixels for segmentation."""
+        images = seeded_images(self.evaluation_count, seed=1, side=self.side)
         with torch.no_grad():
             labels = [
-                self.model(self.preprocess(images[part])).argmax(dim=1)
+                self._classes(self.model(self.preprocess(images[part])))
                 for part in batch_slices(len(images), 50)
             ]
         return images, torch.cat(labels)
+
+    def _classes(self, output: Any) -> Tensor:
+        logits: Tensor = output[self.output] if self.output else output
+        return logits.argmax(dim=1)

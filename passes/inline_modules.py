@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from fxquant.graph_module import QuantGraphModule
+from fxquant.op_catalog import REQUIRED
 from fxquant.op_view import Form, Op, op_of
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult, Refusal
 from fxquant.rewriter import GraphRewriter
@@ -21,7 +22,8 @@ from fxquant.rewriter import GraphRewriter
 class InlineModules(Pass):
     """Turn calls of modules that the op catalogue knows into calls of their functions.
 
-    Refuses modules that do more than their function: hooks, and padding modes of convolutions.
+    Refuses modules that do more than their function: hooks, padding modes of convolutions, what
+    depends on the training flag, and batch-norms without running statistics.
     """
 
     name: ClassVar[str] = "inline-modules"
@@ -40,7 +42,8 @@ class InlineModules(Pass):
             if reason is not None:
                 refusals.append(Refusal(node=node.name, reason=reason))
                 continue
-            rewriter.retarget(node, op.kind.functions[0], _arguments(rewriter, op))
+            args, kwargs = _arguments(rewriter, op)
+            rewriter.retarget(node, op.kind.functions[0], args, kwargs)
         return PassResult(changes=rewriter.finish(), refusals=tuple(refusals))
 
 
@@ -49,17 +52,29 @@ def _refusal(module: nn.Module, op: Op) -> str | None:
         return "the module has forward hooks, which a function call would not run"
     if op.arguments.get("padding_mode", "zeros") != "zeros":
         return f"padding_mode={op.arguments['padding_mode']!r} is not part of the function"
+    if op.arguments.get("training", False):
+        return "the module is in training mode, which a function call would fix for good"
+    if op.name == "batch_norm" and op.constant("running_mean") is None:
+        return "the batch-norm computes statistics at run time even in evaluation"
     return None
 
 
-def _arguments(rewriter: GraphRewriter, op: Op) -> tuple[Any, ...]:
-    arguments: list[Any] = []
+def _arguments(rewriter: GraphRewriter, op: Op) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Required parameters by position, others by name where they differ from the default.
+
+    Some functions take options by name only (``gelu``), or not all that their kind has.
+    """
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
     for name, default in op.kind.signature:
-        if name not in op.kind.constants:
-            arguments.append(op.arguments.get(name, default))
-            continue
-        path = op.constant_path(name)
-        arguments.append(
-            None if path is None else rewriter.get_attr(path, before=op.node, like=op.node)
-        )
-    return tuple(arguments)
+        value = op.arguments.get(name, default)
+        if name in op.kind.constants:
+            path = op.constant_path(name)
+            value = (
+                None if path is None else rewriter.get_attr(path, before=op.node, like=op.node)
+            )
+        if default is REQUIRED:
+            args.append(value)
+        elif value is not default and value != default:
+            kwargs[name] = value
+    return tuple(args), kwargs

@@ -15,6 +15,7 @@ from fxquant.metadata import add_reason, record_of, update_record
 from fxquant.op_view import op_of
 from fxquant.operators import DEQUANTIZE, QUANTIZE
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult, Refusal
+from fxquant.patterns.aliasing import Aliasing
 from fxquant.rewriter import GraphRewriter
 from fxquant.targets.x86_kernels import EMITTERS
 
@@ -48,10 +49,34 @@ class Lower(Pass):
                 add_reason(site.op.node, f"not lowered: {reason}")
                 refusals.append(Refusal(node=site.op.node.name, reason=reason))
         _deliver_floats(lowering, nodes)
+        _reshape_instead_of_view(gm, rewriter)
         rewriter.erase_dead(_leftovers(gm, dead_before))
         gm.update_state(stage=Stage.LOWERED)
         rewriter.changes += 1
         return PassResult(changes=rewriter.finish(), refusals=tuple(refusals))
+
+
+def _reshape_instead_of_view(gm: QuantGraphModule, rewriter: GraphRewriter) -> None:
+    """``x.view(...) -> x.reshape(...)`` on floats: kernels give channels_last, which view refuses.
+
+    Not where an op that could not be made functional writes the memory: a copy would not see it.
+    """
+    views = [n for n in gm.graph.nodes if n.op == "call_method" and _is_view_of_shape(n)]
+    if not views:
+        return
+    aliasing = Aliasing(gm, {node: index for index, node in enumerate(gm.graph.nodes)})
+    first, last = next(iter(gm.graph.nodes)), next(iter(reversed(gm.graph.nodes)))
+    for node in views:
+        if aliasing.writer_between(node, first, last, ()) is None:
+            rewriter.retarget_method(node, _RESHAPING[str(node.target)])
+
+
+_RESHAPING = {"view": "reshape", "view_as": "reshape_as"}
+
+
+def _is_view_of_shape(node: fx.Node) -> bool:
+    dtypes = any(isinstance(argument, torch.dtype) for argument in node.args)
+    return node.target in _RESHAPING and not dtypes and not node.kwargs
 
 
 def _leftovers(gm: QuantGraphModule, dead_before: set[fx.Node]) -> list[fx.Node]:

@@ -12,13 +12,16 @@ from fxquant.op_view import op_of
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
 from fxquant.rewriter import GraphRewriter
 
+_RANDOM = ("dropout", "stochastic_depth")
+"""Kinds that drop values while they train, and give their input unchanged in evaluation."""
+
 
 @dataclass(frozen=True)
 class RemoveIdentities(Pass):
     """Take out ops that give their input unchanged.
 
-    Dropout goes only where it is in evaluation mode or has probability 0; a module with forward
-    hooks stays, for their sake.
+    Dropout, and the stochastic depth of torchvision, go only where they are in evaluation mode or
+    have probability 0; a module with forward hooks stays, for their sake.
     """
 
     name: ClassVar[str] = "remove-identities"
@@ -30,9 +33,9 @@ class RemoveIdentities(Pass):
         rewriter = GraphRewriter(gm, self.name)
         for node in list(gm.graph.nodes):
             op = op_of(gm, node)
-            if op is None or op.name not in ("identity", "dropout", "detach"):
+            if op is None or op.name not in (*_RANDOM, "identity", "detach"):
                 continue
-            if op.name == "dropout" and op.arguments["training"] and op.arguments["p"] != 0:
+            if op.name in _RANDOM and op.arguments["training"] and op.arguments["p"] != 0:
                 continue
             source = op.arguments["input"]  # a tuple of values goes through an Identity too
             if not isinstance(source, fx.Node) or _has_hooks(gm, node):

@@ -13,6 +13,7 @@ from fxquant.op_view import is_inplace, kind_of
 _VIEWS = frozenset(
     {
         "channel_shuffle",
+        "chunk",
         "contiguous",
         "detach",
         "dropout",
@@ -23,8 +24,12 @@ _VIEWS = frozenset(
         "pixel_unshuffle",
         "reshape",
         "slice",
+        "split",
         "squeeze",
+        "stochastic_depth",
+        "tensor_split",
         "transpose",
+        "unbind",
         "unsqueeze",
         "view",
     }

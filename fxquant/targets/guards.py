@@ -40,6 +40,14 @@ def constant_hyperparameters(op: Op) -> str | None:
     return None
 
 
+def batched(op: Op) -> str | None:
+    """The int8 convolutions take no single image without a batch dimension."""
+    shape = shape_of(op.activations[0]) if op.activations else None
+    if shape is None or len(shape) == int(op.name[-2]) + 2:
+        return None
+    return f"its input {list(shape)} has no batch dimension, which the int8 kernel needs"
+
+
 def resolve_padding(op: Op) -> Any:
     """``padding`` as numbers, also where it is given as ``'same'`` or ``'valid'``.
 

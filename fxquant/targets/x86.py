@@ -9,6 +9,7 @@ import torch
 
 from fxquant.op_view import Op
 from fxquant.targets.guards import (
+    batched,
     constant_hyperparameters,
     evaluation_statistics,
     four_or_five_dimensional,
@@ -50,7 +51,7 @@ def _conv(dimensions: int) -> Row:
         weight_axis=0,
         float_output=True,
         epilogues=epilogues,
-        guards=(constant_hyperparameters, zero_padding_mode),
+        guards=(constant_hyperparameters, zero_padding_mode, batched),
     )
 
 
@@ -63,7 +64,7 @@ def _conv_transpose(dimensions: int) -> Row:
         weight_axis=None,  # both engines refuse per-channel weights; fbgemm, since oneDNN is wrong
         output=OutputPolicy.ALWAYS,
         epilogues=_SATURATION,
-        guards=(constant_hyperparameters, no_wrong_fast_path),
+        guards=(constant_hyperparameters, no_wrong_fast_path, batched),
     )
 
 
@@ -136,7 +137,7 @@ ROWS: tuple[Row, ...] = (
     _shares("max_pool1d", "quantized::max_pool1d", worth_alone=True, guards=(no_indices,)),
     _shares("max_pool2d", "quantized::max_pool2d", worth_alone=True, guards=(no_indices,)),
     _shares("avg_pool2d", "aten::avg_pool2d on int8"),
-    _shares("avg_pool3d", "aten::avg_pool3d on int8"),
+    _shares("avg_pool3d", "aten::avg_pool3d on int8", guards=(batched,)),
     _shares("interpolate", "aten::upsample on int8", guards=(resizes_by_integers,)),
     _shares("pad", "aten::constant_pad_nd on bytes", guards=(zero_constant_padding,)),
     Row(
@@ -158,6 +159,10 @@ ROWS: tuple[Row, ...] = (
             "squeeze",
             "unsqueeze",
             "slice",
+            "chunk",
+            "split",
+            "tensor_split",
+            "unbind",
             "contiguous",
             "detach",
             "pixel_shuffle",
@@ -177,6 +182,11 @@ ROWS: tuple[Row, ...] = (
     _float(
         "tanh",
         "quantized::tanh takes 411 us, the float function the same, and float loses no bits",
+    ),
+    _float(
+        "hardsigmoid",
+        "the int8 kernel takes as long as dequantize + float hardsigmoid + quantize (45 us), and"
+        " its scale is always 1/256",
     ),
     _float(
         "hardswish",

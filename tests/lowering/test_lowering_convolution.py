@@ -232,3 +232,25 @@ def test_per_tensor_weights(lower: Lower) -> None:
     case = lower(model, _input(2), mapping={"": qconfig})
     assert len(case.kernels) == 3
     case.check(_input(2, other=True))
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_an_input_without_a_batch_stays_in_float_and_says_why(lower: Lower, dimensions: int) -> None:
+    x = _input(dimensions)[0]
+    case = lower(TwoConvolutions(dimensions, _CONV[dimensions](6, 12, 3)), x)
+    assert case.kernels == []
+    assert "has no batch dimension" in case.reasons()
+    case.check(x)
+
+
+def test_an_empty_batch(lower: Lower) -> None:
+    x = _input(2)
+    case = lower(TwoConvolutions(2, nn.Conv2d(6, 12, 3), F.silu), x)
+    assert case.int8(x[:0]).shape == (0, *case.int8(x).shape[1:])
+    case.check(x[:0])
+
+
+def test_one_output_pixel_and_one_channel(lower: Lower) -> None:
+    lower(TwoConvolutions(2, nn.Conv2d(1, 1, 3)), torch.randn(2, 1, 3, 3)).check(
+        torch.randn(1, 1, 3, 3)
+    )

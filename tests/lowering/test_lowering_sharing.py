@@ -181,3 +181,10 @@ def test_a_view_whose_memory_is_reused(lower: Lower) -> None:
     assert any("binary" in k for k in case.kernels)
     case.check(_input(batch=3))
     case.check(_input().contiguous(memory_format=torch.channels_last))
+
+
+def test_a_3d_pool_without_a_batch_stays_in_float(lower: Lower) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.AvgPool3d(2), nn.Linear(4, 3))
+    case = lower(model, torch.randn(2, 4, 6, 8))
+    assert "has no batch dimension" in case.reasons()
+    case.check(torch.randn(2, 4, 6, 8))

@@ -165,6 +165,11 @@ ROWS: dict[str, Row] = {
             ((slice(0, 1),),),
         ),
     ),
+    # pieces, as the take-pieces pass makes them of ``x.chunk(2, 1)[0]``
+    "chunk": Row(arguments=((2, 1, 0), (3, 2, -1))),
+    "split": Row(arguments=((4, 1, 1), ([3, 5], 1, 0))),
+    "tensor_split": Row(arguments=((3, 1, 2), ([1, 4], 2, 1))),
+    "unbind": Row(arguments=((2, 1), (-1, 0))),
     "contiguous": Row(),
     "detach": Row(),
     "pixel_shuffle": Row(
