@@ -158,9 +158,7 @@ def _saved_size(model: QuantGraphModule, entry: ZooEntry) -> int:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = Path(folder) / "model.fxq"
         artifact.save(model, path)
-        before, after = (
-            logit_rows(m(inputs), entry.output) for m in (model, artifact.load(path))
-        )
+        before, after = (logit_rows(m(inputs), entry.output) for m in (model, artifact.load(path)))
         if not torch.equal(before, after):
             raise RuntimeError(f"{entry.name}: what was loaded computes something else")
         return path.stat().st_size
@@ -190,9 +188,7 @@ def reasons(reports: list[AuditReport]) -> str:
         for row in report.fp32:
             if not row.carried_by:
                 counts[row.op, _NAME.sub("...", row.reason)] += 1
-    return "\n".join(
-        f"- {count} `{op}`: {reason}." for (op, reason), count in counts.most_common()
-    )
+    return "\n".join(f"- {count} `{op}`: {reason}." for (op, reason), count in counts.most_common())
 
 
 def page(measured: list[Measured]) -> str:
@@ -207,8 +203,9 @@ def page(measured: list[Measured]) -> str:
     )
     return (
         "# Networks in int8\n\n"
-        "Networks of torchvision with seeded random weights and batch-norm statistics as if trained,"
-        f" calibrated on {CALIBRATION_IMAGES} seeded pictures and judged on {EVALUATION_IMAGES}"
+        "Networks of torchvision with seeded random weights and batch-norm statistics as if"
+        f" trained, calibrated on {CALIBRATION_IMAGES} seeded pictures and judged on"
+        f" {EVALUATION_IMAGES}"
         " others: SQNR of the logits against the float model. A random network amplifies noise more"
         " than a trained one, so SQNRs compare quantizers, not networks. torch.ao has the default"
         " mapping of each engine, the best is shown. Regenerate with\n"

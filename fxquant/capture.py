@@ -170,6 +170,15 @@ def _copy_training_flags(model: nn.Module, gm: fx.GraphModule) -> None:
 
 def _check_state(model: nn.Module, diagnostics: Diagnostics) -> None:
     """Refuse what has no values yet, and say what a graph does not hold."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"the model is TorchScript ({type(model).__name__}), which torch.fx cannot look into;"
+            " pass the Python model that it was made from"
+        )
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise CaptureError(
+            f"the model is wrapped in {type(model).__name__}; pass model.module, the model inside"
+        )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type == "meta":
             raise CaptureError(

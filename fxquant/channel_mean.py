@@ -14,7 +14,7 @@ class ChannelMean(nn.Module):
     mean is ``total / count``.
 
     Args:
-        axis: the channel axis: 1 for convolutions, -1 for linear.
+        axis: the channel axis, from the end, so that it holds with and without a batch axis.
     """
 
     total: Tensor
@@ -30,16 +30,18 @@ class ChannelMean(nn.Module):
         """Add ``x`` to the sums."""
         if isinstance(x, FakeTensor) or x.is_meta or x.numel() == 0:
             return x
-        values = x.detach()
-        axis = self.axis % values.dim()
-        others = [d for d in range(values.dim()) if d != axis]
+        self.observe_channels(x.detach().movedim(self.axis, -1))
+        return x
+
+    def observe_channels(self, values: Tensor) -> None:
+        """Add values whose channels are the last axis, ``[..., C]``."""
+        others = list(range(values.dim() - 1))
         # float64, so that the number of threads does not show in the result
         total = values.sum(others, dtype=torch.float64) if others else values.to(torch.float64)
         if self.total.numel() == 0:
-            self.total = torch.zeros_like(total, dtype=torch.float64)
+            self.total = torch.zeros_like(total)
         self.total += total
-        self.count += values.numel() // values.shape[axis]
-        return x
+        self.count += values.numel() // values.shape[-1]
 
     @property
     def mean(self) -> Tensor | None:

@@ -9,6 +9,7 @@ plain tensors.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from fxquant.clamps import high_is_free, low_is_free
+from fxquant.errors import ConfigError
 from fxquant.graph_codec import EncodedNode, decode_graph, encode_graph
 from fxquant.metadata import record_of, set_record
 from fxquant.op_view import attribute
@@ -196,6 +198,39 @@ class QuantGraphModule(fx.GraphModule):
                     " loaded statistics instead"
                 )
         return lost
+
+    # -- what int8 cannot do ------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        if self._state.stage in (Stage.REFERENCE, Stage.LOWERED):
+            probe = torch.zeros((), dtype=torch.float32)
+            moved = fn(probe)
+            if moved.dtype != probe.dtype:
+                raise ConfigError(
+                    f"a {self._state.stage.value} model cannot be cast to {moved.dtype}: its scales"
+                    " and integers have the dtypes that its kernels take. Cast the float model"
+                    " before prepare_fx, or the inputs and outputs around this one"
+                )
+            if self._state.stage is Stage.LOWERED and moved.device.type != "cpu":
+                raise ConfigError(
+                    f"a lowered model cannot be moved to {moved.device}: its int8 kernels run on"
+                    " the CPU. convert_to_reference_fx(prepared) gives a model that moves"
+                )
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types for it
+
+    def train(self, mode: bool = True) -> QuantGraphModule:
+        """Set training mode.
+
+        Raises:
+            ConfigError: training was asked of a lowered model, which has no gradients.
+        """
+        if mode and self._state.stage is Stage.LOWERED:
+            raise ConfigError(
+                "a lowered model cannot be trained: integers have no gradients. Train the float"
+                " model, then prepare and convert it again"
+            )
+        super().train(mode)
+        return self
 
     # -- copies and pickles -------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.errors import CaptureError
-from fxquant.metadata import TensorRecord, ValueRecord, record_of
+from fxquant.metadata import DictRecord, TensorRecord, ValueRecord, record_of
 from fxquant.shapes import as_arguments
 
 _SEED = 0
@@ -79,7 +79,7 @@ def _made_up(node: fx.Node, generator: torch.Generator) -> Any:
     )
     if not record.has_value or str(node.target).startswith("**"):
         raise unknown
-    if not isinstance(record.value, (TensorRecord, tuple)) and node.args:
+    if not isinstance(record.value, (TensorRecord, DictRecord, tuple)) and node.args:
         return node.args[0]  # its default
     if isinstance(record.value, str):
         raise unknown
@@ -87,6 +87,9 @@ def _made_up(node: fx.Node, generator: torch.Generator) -> Any:
 
 
 def _value(record: ValueRecord, generator: torch.Generator) -> Any:
+    if isinstance(record, DictRecord):
+        items = (_value(item, generator) for item in record.values)
+        return dict(zip(record.keys, items, strict=True))
     if isinstance(record, tuple):
         return tuple(_value(item, generator) for item in record)
     if not isinstance(record, TensorRecord):

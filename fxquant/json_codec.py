@@ -16,7 +16,7 @@ from fxquant.config_file import qconfig_from_plain, qconfig_to_plain
 from fxquant.errors import ArtifactError
 from fxquant.graph_codec import EncodedNode, NodeReference
 from fxquant.graph_module import AbsorbedClamp, GraphState, OpEntry, PackRecord, Stage
-from fxquant.metadata import Annotation, FusionRecord, NodeRecord, TensorRecord
+from fxquant.metadata import Annotation, DictRecord, FusionRecord, NodeRecord, TensorRecord
 from fxquant.qconfig import QConfig
 from fxquant.specs import QuantSpec
 
@@ -24,6 +24,7 @@ _RECORDS: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
         Annotation,
+        DictRecord,
         AbsorbedClamp,
         EncodedNode,
         FusionRecord,

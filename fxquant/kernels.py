@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxquant.errors import ShapeGuardError
+
 
 def as_bytes(x: Tensor) -> Tensor:
     """The bytes of a quantized tensor, sharing its memory (``int_repr`` would copy)."""
@@ -45,7 +47,7 @@ def chunk(x: Tensor, chunks: int, dim: int, index: int) -> Tensor:
 
 def split(x: Tensor, sizes: int | list[int], dim: int, index: int) -> Tensor:
     """One piece of ``x.split(sizes, dim)``."""
-    return x.split(sizes, dim)[index]  # type: ignore[no-any-return,no-untyped-call]  # torch has no types for it
+    return x.split(sizes, dim)[index]  # type: ignore[no-any-return]  # torch has no types for it
 
 
 def tensor_split(x: Tensor, sections: int | list[int], dim: int, index: int) -> Tensor:
@@ -55,4 +57,27 @@ def tensor_split(x: Tensor, sections: int | list[int], dim: int, index: int) -> 
 
 def unbind(x: Tensor, dim: int, index: int) -> Tensor:
     """One piece of ``x.unbind(dim)``."""
-    return x.unbind(dim)[index]
+    return x.select(dim, index)
+
+
+def checked_input(x: Tensor, name: str, rank: int) -> Tensor:
+    """``x``, if the kernels behind it can take it.
+
+    Raises:
+        ShapeGuardError: another rank or dtype than the example input's, which the float model may
+            take and int8 kernels do not.
+    """
+    if x.dim() != rank or x.dtype is not torch.float32:
+        raise ShapeGuardError(
+            f"input {name!r} is {str(x.dtype).removeprefix('torch.')}{list(x.shape)}; the int8"
+            f" model takes float32 of {rank} dimension(s), as the example inputs had. Convert it"
+            " (x.float(), x.unsqueeze(0)), or prepare again with example inputs like this one"
+        )
+    return x
+
+
+def in_format_of(y: Tensor, x: Tensor | None) -> Tensor:
+    """``y`` contiguous, as the float model gives it, unless ``x`` came in channels_last."""
+    if x is not None and not x.is_contiguous():
+        return y
+    return y.contiguous()

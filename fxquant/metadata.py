@@ -28,7 +28,15 @@ class TensorRecord:
     dtype: torch.dtype
 
 
-ValueRecord = TensorRecord | tuple[Any, ...] | int | float | bool | str | None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DictRecord:
+    """A dict, as seen with the example inputs."""
+
+    keys: tuple[Any, ...]
+    values: tuple[Any, ...]
+
+
+ValueRecord = TensorRecord | DictRecord | tuple[Any, ...] | int | float | bool | str | None
 """What the example inputs gave for a node: tensors as records, containers as tuples."""
 
 
@@ -149,8 +157,8 @@ def tensor_records(value: ValueRecord) -> Iterator[TensorRecord]:
     """All tensor records inside ``value``, depth first."""
     if isinstance(value, TensorRecord):
         yield value
-    elif isinstance(value, tuple):
-        for item in value:
+    elif isinstance(value, (tuple, DictRecord)):
+        for item in value if isinstance(value, tuple) else value.values:
             yield from tensor_records(item)
 
 
@@ -167,7 +175,8 @@ def map_value(value: object, make: Callable[[torch.Tensor], TensorRecord]) -> Va
     if isinstance(value, (tuple, list)):
         return tuple(map_value(item, make) for item in value)
     if isinstance(value, dict):
-        return tuple(map_value(item, make) for item in value.values())
+        values = tuple(map_value(item, make) for item in value.values())
+        return DictRecord(keys=tuple(value), values=values)
     if isinstance(value, (int, float, bool, str)) or value is None:
         return value
     return type(value).__name__

@@ -285,8 +285,10 @@ def fill_statistics(prepared: QuantGraphModule, samples: dict[str, Tensor]) -> l
         )
         if found is None:
             blind.append(source.name)
-        elif not isinstance(watcher, ChannelMean) or _fits(watcher, found, node):
+        elif not isinstance(watcher, ChannelMean):
             watcher(found)
+        elif _fits(watcher, found, node):
+            watcher.observe_channels(found)
     return blind
 
 

@@ -10,6 +10,7 @@ from fxquant.passes.correct_bias import CorrectBias
 from fxquant.passes.fold_batch_norm import FoldBatchNorm
 from fxquant.passes.functionalize import Functionalize
 from fxquant.passes.fuse_patterns import FusePatterns
+from fxquant.passes.guard_boundary import GuardBoundary
 from fxquant.passes.inline_modules import InlineModules
 from fxquant.passes.insert_channel_means import InsertChannelMeans
 from fxquant.passes.insert_observers import InsertObservers
@@ -86,6 +87,7 @@ def lowering_pipeline() -> Pipeline:
         "lower",
         (
             Lower(),  # kernels, in graph order
+            GuardBoundary(),  # callers see the float model's inputs and outputs
             Prepack(),  # weights packed once, not per call
         ),
         given=frozenset({Fact.REFERENCE, Fact.ABSORBED, Fact.CANCELLED}),

@@ -82,6 +82,8 @@ class QConfigMapping:
         module_name_object_type_order_qconfigs: ``(path, type, index)`` -> qconfig.
         is_default: made by :func:`get_default_qconfig_mapping`; its object-type rules name what
             a model may have, so one that matches nothing deserves no warning.
+        from_torch_ao: made from a mapping of torch.ao, where names that match nothing are common;
+            they draw a warning, not an error.
     """
 
     def __init__(self) -> None:
@@ -93,6 +95,7 @@ class QConfigMapping:
             tuple[str, ObjectType, int], QConfig | None
         ] = {}
         self.is_default = False
+        self.from_torch_ao = False
         self._default_object_types: frozenset[ObjectType] = frozenset()
 
     def set_global(self, global_qconfig: object) -> QConfigMapping:
@@ -336,7 +339,9 @@ def normalize(arg: object) -> QConfigMapping:
     if isinstance(arg, Mapping):
         return _mark_defaults(_from_legacy_or_flat(arg))
     if hasattr(arg, "global_qconfig") and hasattr(arg, "to_dict"):
-        return _mark_defaults(QConfigMapping.from_dict(arg.to_dict()))
+        mapping = _mark_defaults(QConfigMapping.from_dict(arg.to_dict()))
+        mapping.from_torch_ao = True
+        return mapping
     if hasattr(arg, "activation") and hasattr(arg, "weight"):
         return QConfigMapping().set_global(arg)
     raise ConfigError(

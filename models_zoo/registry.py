@@ -276,9 +276,7 @@ def _squeezenet1_1(data_dir: DataDir) -> ZooEntry:
     )
 
 
-def _torchvision(
-    name: str, data_dir: DataDir, weights: str | None, side: int | None
-) -> ZooEntry:
+def _torchvision(name: str, data_dir: DataDir, weights: str | None, side: int | None) -> ZooEntry:
     short = name.removeprefix(TORCHVISION_PREFIX)
     model = build(short, weights)
     segmentation = is_segmentation(short)

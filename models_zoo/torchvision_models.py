@@ -20,9 +20,9 @@ _SIDE = 224
 _SEGMENTATION_SIDE = 128  # their backbones are dilated: every pixel costs as 16 elsewhere
 _SIDES: Mapping[str, int] = {"inception_v3": 299}
 # Said, since leaving it out makes torchvision warn that it will be said some day.
-_OPTIONS: Mapping[str, Mapping[str, Any]] = dict.fromkeys(
-    ("googlenet", "inception_v3"), {"init_weights": True}
-)
+_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    name: {"init_weights": True} for name in ("googlenet", "inception_v3")
+}
 _SEGMENTATION_OUTPUT = "out"
 
 

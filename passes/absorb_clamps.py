@@ -19,6 +19,7 @@ from fxquant.op_view import attribute, op_of
 from fxquant.operators import DEQUANTIZE, QUANTIZE
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult, Refusal
 from fxquant.rewriter import GraphRewriter
+from fxquant.targets.guards import constant_bounds
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class AbsorbClamps(Pass):
             op = op_of(gm, node)
             if op is None or op.name not in CLAMP_KINDS or len(node.users) != 1:
                 continue
+            if constant_bounds(op) is not None or record_of(node).qconfig is None:
+                continue  # computed bounds; or the user wants it as it is
             quantize = next(iter(node.users))
             if quantize.target is not QUANTIZE:
                 continue

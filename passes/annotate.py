@@ -15,8 +15,9 @@ from fxquant.dataflow import (
     reads_only_shape,
     value_users,
 )
-from fxquant.errors import ConfigWarning
+from fxquant.errors import ConfigWarning, NonFiniteStatisticError
 from fxquant.graph_module import QuantGraphModule
+from fxquant.kernel_probe import exact_engine, is_exact
 from fxquant.metadata import Annotation, TensorRecord, add_reason, record_of, update_record
 from fxquant.op_view import Op, kind_of, op_of
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
@@ -58,6 +59,7 @@ class Annotate(Pass):
                     plans[node] = plan
         _warn_of_dtypes(gm, context)
         _Decision(gm, plans).decide()
+        _warn_of_narrow_ranges(gm, context)
         changes = sum(record_of(node) != record for node, record in before.items())
         return PassResult(changes=changes)
 
@@ -174,6 +176,27 @@ def _warn_of_dtypes(gm: QuantGraphModule, context: PassContext) -> None:
         )
 
 
+def _warn_of_narrow_ranges(gm: QuantGraphModule, context: PassContext) -> None:
+    """Say once that halved activations buy nothing where the kernels do not saturate."""
+    narrow = [
+        (node, spec)
+        for node in gm.graph.nodes
+        for spec in (getattr(record_of(node).annotation, "output", None),)
+        if spec is not None and spec.dtype is torch.uint8 and spec.levels < 256
+    ]
+    if not narrow or not context.target.executes:
+        return
+    if all(is_exact(form, exact_engine(form)) for form in ("conv", "linear")):
+        node, spec = narrow[0]
+        context.diagnostics.warn(
+            f"{len(narrow)} activation(s), the first is {node.name!r}, use {spec.quant_min}.."
+            f"{spec.quant_max} of 0..255, which guards against kernels that saturate; those of this"
+            " CPU do not, so half of the precision is lost for nothing. Use"
+            " get_default_qconfig_mapping('x86') of fxquant, or reduce_range=False",
+            ConfigWarning,
+        )
+
+
 def _hooked(gm: QuantGraphModule, node: fx.Node) -> str | None:
     if node.op != "call_module":
         return None
@@ -210,8 +233,12 @@ def _specs(node: fx.Node, op: Op, row: Row, qconfig: QConfig, context: PassConte
         return _Plan(op=op, row=row, activation=None, weight=None)
     activation = None if factory is None else factory.spec
     if activation is None:
-        add_reason(node, f"the qconfig has no activation observer ({record_of(node).rule})")
+        lack = "the qconfig observes no activation, and a weight alone cannot be quantized"
+        add_reason(node, f"{lack} ({record_of(node).rule})")
+        if row.weight_dtypes and qconfig.weight is not None and not _says_nothing(qconfig):
+            _warn_unhonoured(node, op, f"{lack} by target {context.target.name!r}", context)
         return None
+    _check_finite(node, op)
     problem = _unusable_activation(activation, row)
     weight: QuantSpec | None = None
     if problem is None and row.weight_dtypes:
@@ -223,18 +250,52 @@ def _specs(node: fx.Node, op: Op, row: Row, qconfig: QConfig, context: PassConte
                 f"weight {weight.short()} is not served (possible:"
                 f" {', '.join(map(_short, row.weight_dtypes))})"
             )
+        elif weight is not None and row.symmetric_weight and not weight.is_symmetric:
+            problem = (
+                f"weight {weight.short()} is not served: the kernels ignore a weight's zero point"
+                " (possible: torch.per_channel_symmetric, torch.per_tensor_symmetric)"
+            )
     if problem is not None:
         text = f"{problem} by target {context.target.name!r}"
         add_reason(node, f"config cannot be honoured: {text}")
-        context.diagnostics.warn(
-            f"{node.name!r} ({op.name}) stays in FP32: {text}; its qconfig comes from"
-            f" {record_of(node).rule}. Choose a spec that the target has, or set None there",
-            ConfigWarning,
-        )
+        _warn_unhonoured(node, op, text, context)
         return None
     if weight is not None:
+        if weight.is_per_channel and row.weight_axis not in (None, weight.ch_axis):
+            context.diagnostics.warn(
+                f"the weight of {node.name!r} ({op.name}) is quantized per channel along axis"
+                f" {row.weight_axis}, where its output channels are, not along {weight.ch_axis} as"
+                f" {record_of(node).rule} says. Set ch_axis={row.weight_axis} there",
+                ConfigWarning,
+            )
         weight = _fit_weight(node, weight, row)
     return _Plan(op=op, row=row, activation=activation, weight=weight)
+
+
+def _says_nothing(qconfig: QConfig) -> bool:
+    """Whether a qconfig asks for no integers at all, such as one of no-op observers."""
+    weight = spec_of(qconfig.weight)
+    return weight is None or weight.spec is None or weight.spec.is_float
+
+
+def _warn_unhonoured(node: fx.Node, op: Op, text: str, context: PassContext) -> None:
+    context.diagnostics.warn(
+        f"{node.name!r} ({op.name}) stays in FP32: {text}; its qconfig comes from"
+        f" {record_of(node).rule}. Choose a spec that the target has, or set None there",
+        ConfigWarning,
+    )
+
+
+def _check_finite(node: fx.Node, op: Op) -> None:
+    """Refuse NaN and Inf in a weight before its consequences are blamed on the data."""
+    for name in op.kind.constants:
+        value = op.constant(name)
+        if value is not None and not bool(torch.isfinite(value).all()):
+            raise NonFiniteStatisticError(
+                f"the {name} {op.constant_path(name)!r} of {node.name!r} holds NaN or Inf; it"
+                " cannot be quantized. Check the checkpoint, and the running variance of a batch-norm"
+                " folded into it"
+            )
 
 
 def _unusable_activation(spec: QuantSpec, row: Row) -> str | None:
@@ -369,9 +430,9 @@ class _Decision:
         if not wanted and not (plan.row.worth_alone and all(incoming)):
             add_reason(
                 node,
-                "moves values only, and nobody reads integers after it"
+                "it keeps the scale of its input, and nobody reads integers after it"
                 if any(incoming)
-                else "moves values only, between floating-point ops",
+                else "no integers come in and none are wanted, so int8 would add conversions only",
             )
             return None
         spec = next(

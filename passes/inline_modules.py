@@ -70,9 +70,7 @@ def _arguments(rewriter: GraphRewriter, op: Op) -> tuple[tuple[Any, ...], dict[s
         value = op.arguments.get(name, default)
         if name in op.kind.constants:
             path = op.constant_path(name)
-            value = (
-                None if path is None else rewriter.get_attr(path, before=op.node, like=op.node)
-            )
+            value = None if path is None else rewriter.get_attr(path, before=op.node, like=op.node)
         if default is REQUIRED:
             args.append(value)
         elif value is not default and value != default:

@@ -13,7 +13,7 @@ from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
 from fxquant.rewriter import GraphRewriter
 
 CHANNEL_MEAN_PREFIX = "channel_mean_"
-CHANNEL_AXES = {"conv1d": 1, "conv2d": 1, "conv3d": 1, "linear": -1}
+CHANNEL_AXES = {"conv1d": -2, "conv2d": -3, "conv3d": -4, "linear": -1}
 """Kinds whose bias is corrected -> channel axis of their input."""
 
 

@@ -11,7 +11,7 @@ from fxquant.errors import ConfigWarning, UnmatchedRuleError, did_you_mean
 from fxquant.graph_module import QuantGraphModule
 from fxquant.metadata import record_of, update_record
 from fxquant.op_catalog import KIND_BY_METHOD
-from fxquant.op_view import OUT_OF_PLACE_OPERATORS, type_of
+from fxquant.op_view import OUT_OF_PLACE_OPERATORS, type_name, type_of
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
 from fxquant.qconfig_mapping import QConfigMapping, resolve
 
@@ -52,10 +52,13 @@ class PropagateQConfigs(Pass):
             if changed:
                 update_record(node, qconfig=resolution.qconfig, rule=resolution.rule)
                 changes += 1
-        self._report_unmatched(matched, seen, context)
+        names = {type_name(gm, n) for n in gm.graph.nodes if n.op in _OPS}
+        self._report_unmatched(matched, seen, names, context)
         return PassResult(changes=changes)
 
-    def _report_unmatched(self, matched: set[Any], paths: set[str], context: PassContext) -> None:
+    def _report_unmatched(
+        self, matched: set[Any], paths: set[str], names: set[str], context: PassContext
+    ) -> None:
         mapping = self.mapping
         problems = []
         for name in mapping.module_name_qconfigs:
@@ -88,14 +91,22 @@ class PropagateQConfigs(Pass):
         if problems:
             text = "; ".join(problems)
             end = "" if text.endswith("?") else "."
-            raise UnmatchedRuleError(
-                f"{text}{end} Correct the rule or remove it; nothing was quantized"
-            )
+            if not mapping.from_torch_ao:
+                raise UnmatchedRuleError(
+                    f"{text}{end} Correct the rule or remove it; nothing was quantized"
+                )
+            context.diagnostics.warn(f"{text}{end} The rule has no effect", ConfigWarning)
         for kind in mapping.object_type_qconfigs:
             if ("object_type", kind) not in matched and kind not in mapping.default_object_types:
                 name = kind if isinstance(kind, str) else getattr(kind, "__name__", repr(kind))
+                called = sorted(names)
+                more = ", ..." if len(called) > 12 else ""
                 context.diagnostics.warn(
-                    f"object_type rule {name!r} matches no op of the model", ConfigWarning
+                    f"object_type rule {name!r} matches no op of the model"
+                    f"{did_you_mean(name, called) or '.'} The model calls"
+                    f" {', '.join(called[:12])}{more}; a module, a function and a method of one name"
+                    " are different types",
+                    ConfigWarning,
                 )
 
 

@@ -5,7 +5,6 @@ Source: Zhang et al. 2018 (ShuffleNet), section 3.1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -51,9 +50,7 @@ class RecognizeChannelShuffle(Pass):
         return PassResult(changes=rewriter.finish())
 
 
-def _match(
-    gm: QuantGraphModule, node: fx.Node
-) -> tuple[fx.Node, int, tuple[fx.Node, ...]] | None:
+def _match(gm: QuantGraphModule, node: fx.Node) -> tuple[fx.Node, int, tuple[fx.Node, ...]] | None:
     """Input and groups of the shuffle that ends at ``node``, and the ops inside it, last first."""
     last = _reshape(gm, node)
     if last is None:
@@ -76,8 +73,9 @@ def _match(
 
 def _reshape(gm: QuantGraphModule, node: fx.Node) -> Op | None:
     op = op_of(gm, node)
-    known = op is not None and op.name in ("view", "reshape") and len(op.activations) == 1
-    return op if known and isinstance(op.arguments["shape"], (tuple, list)) else None
+    if op is None or op.name not in ("view", "reshape"):
+        return None
+    return op if isinstance(op.arguments["shape"], (tuple, list)) else None
 
 
 def _swaps_groups(op: Op) -> bool:
@@ -114,15 +112,16 @@ def _is_size(argument: Any, source: fx.Node, dimension: int) -> bool:
     if not isinstance(argument, fx.Node):
         return True  # the shapes agree with the example; the number binds other inputs too
     if argument.op == "call_method" and argument.target == "size":
-        return tuple(argument.args) == (source, dimension)
+        return len(argument.args) == 2 and argument.args == (source, dimension)
     if argument.op != "call_function" or len(argument.args) != 2:
         return False
     sizes, index = argument.args
-    return index == dimension and isinstance(sizes, fx.Node) and _is_shape(sizes, source)
+    return type(index) is int and index == dimension and _is_shape(sizes, source)
 
 
-def _is_shape(sizes: fx.Node, source: fx.Node) -> bool:
-    arguments: Sequence[Any] = sizes.args
+def _is_shape(sizes: object, source: fx.Node) -> bool:
+    if not isinstance(sizes, fx.Node):
+        return False
     if sizes.op == "call_method" and sizes.target == "size":
-        return tuple(arguments) == (source,)
-    return sizes.target is getattr and tuple(arguments) == (source, "shape")
+        return sizes.args == (source,)
+    return sizes.target is getattr and sizes.args == (source, "shape")

@@ -34,9 +34,7 @@ class _Splitting:
     aliases: Mapping[str, str]
 
 
-_CHUNK = _Splitting(
-    piece=kernels.chunk, parameters={"chunks": REQUIRED, "dim": 0}, aliases={}
-)
+_CHUNK = _Splitting(piece=kernels.chunk, parameters={"chunks": REQUIRED, "dim": 0}, aliases={})
 _SPLIT = _Splitting(
     piece=kernels.split,
     parameters={"sizes": REQUIRED, "dim": 0},
@@ -45,7 +43,7 @@ _SPLIT = _Splitting(
 _TENSOR_SPLIT = _Splitting(
     piece=kernels.tensor_split,
     parameters={"sections": REQUIRED, "dim": 0},
-    aliases={name: "sections" for name in ("indices_or_sections", "sections", "indices")},
+    aliases=dict.fromkeys(("indices_or_sections", "sections", "indices"), "sections"),
 )
 _UNBIND = _Splitting(piece=kernels.unbind, parameters={"dim": 0}, aliases={})
 
@@ -88,9 +86,7 @@ class TakePieces(Pass):
             stranger = next((user for user in node.users if not _takes_one(user, node)), None)
             if stranger is not None:
                 reason = f"{stranger.name!r} reads all pieces of {node.name!r} as one tuple"
-                refusals.append(
-                    Refusal(node=node.name, reason=reason, culprits=(stranger.name,))
-                )
+                refusals.append(Refusal(node=node.name, reason=reason, culprits=(stranger.name,)))
                 before = record_of(node)
                 add_reason(node, reason)
                 rewriter.changes += record_of(node) != before

@@ -53,7 +53,7 @@ class ToReference(Pass):
         rewriter = GraphRewriter(gm, self.name)
         observers = [n for n in gm.graph.nodes if is_observer(n)]
         _warn_uncalibrated(gm, observers, context)
-        parameters = _Parameters(rewriter, observers)
+        parameters = _Parameters(rewriter, observers, context)
         for node in observers:
             _replace_observer(rewriter, node, parameters)
         for node in list(gm.graph.nodes):
@@ -94,8 +94,11 @@ def _warn_uncalibrated(
 class _Parameters:
     """Scale and zero-point buffers per observer, and per sharing group."""
 
-    def __init__(self, rewriter: GraphRewriter, observers: list[fx.Node]) -> None:
+    def __init__(
+        self, rewriter: GraphRewriter, observers: list[fx.Node], context: PassContext
+    ) -> None:
         self.rewriter = rewriter
+        self.context = context
         self.groups: dict[int, list[fx.Node]] = {}
         for node in observers:
             group = record_of(node).share_group
@@ -121,6 +124,21 @@ class _Parameters:
             self.made[group] = self._store(nodes[0], unite(modules))
         return self.made[group]
 
+    def _warn_of_tiny_range(self, node: fx.Node, qparams: QParams) -> None:
+        """Say that values below the smallest scale become zero."""
+        observer = self.rewriter.gm.get_submodule(str(node.target))
+        low, high = (getattr(observer, name, None) for name in ("min_val", "max_val"))
+        if not isinstance(low, torch.Tensor) or not isinstance(high, torch.Tensor) or low.dim():
+            return
+        eps = qparams.spec.eps
+        if 0 < float(high - low) < eps and float(qparams.scale) <= eps * (1 + 1e-6):
+            self.context.diagnostics.warn(
+                f"the values of {node.all_input_nodes[0].name!r} lie in {float(low):.3g}.."
+                f"{float(high):.3g}, below the smallest scale {eps:.3g}: all of them become zero in"
+                " int8. Scale the model's inputs or weights, or set None for the ops that read it",
+                CalibrationWarning,
+            )
+
     def _store(self, node: fx.Node, qparams: QParams) -> tuple[str, str, QuantSpec]:
         source = node.all_input_nodes[0]
         if not bool(torch.isfinite(qparams.scale).all()):
@@ -129,6 +147,7 @@ class _Parameters:
                 " not finite. Look for NaN or Inf in the calibration data"
             )
         qparams.validate()
+        self._warn_of_tiny_range(node, qparams)
         scale = self.rewriter.new_buffer(f"{source.name}_scale", qparams.scale.clone())
         zero = self.rewriter.new_buffer(f"{source.name}_zero_point", qparams.zero_point.clone())
         low, high = default_range(qparams.spec.dtype)

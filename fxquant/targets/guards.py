@@ -145,6 +145,16 @@ def tensor_operands(op: Op) -> str | None:
     return None
 
 
+def constant_bounds(op: Op) -> str | None:
+    """The bounds of a clamp must be numbers."""
+    for name in ("min", "max", "min_val", "max_val"):
+        value = op.arguments.get(name)
+        if value is not None and not isinstance(value, (int, float)):
+            shown = value.name if isinstance(value, fx.Node) else value
+            return f"its bound {name}={shown!r} is no number but computed, or a tensor"
+    return None
+
+
 def no_indices(op: Op) -> str | None:
     """Pooling that also returns indices has no int8 kernel."""
     function = getattr(op.node.target, "__name__", "")

@@ -55,6 +55,7 @@ class Row:
         input_dtypes: storage dtypes that its activations may have.
         weight_dtypes: storage dtypes that its weight may have; empty where it has none.
         weight_axis: channel axis of a per-channel weight; ``None`` allows per-tensor only.
+        symmetric_weight: the kernels ignore the zero point of a weight, so it must be 0.
         float_output: the kernel can write float32 without quantizing.
         output: when the output is quantized.
         worth_alone: a sharing op that pays in int8 even where nobody reads integers after it.
@@ -69,6 +70,7 @@ class Row:
     input_dtypes: tuple[torch.dtype, ...] = (torch.uint8,)
     weight_dtypes: tuple[torch.dtype, ...] = ()
     weight_axis: int | None = None
+    symmetric_weight: bool = True
     float_output: bool = False
     output: OutputPolicy = OutputPolicy.DEMANDED
     worth_alone: bool = False

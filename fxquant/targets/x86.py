@@ -10,6 +10,7 @@ import torch
 from fxquant.op_view import Op
 from fxquant.targets.guards import (
     batched,
+    constant_bounds,
     constant_hyperparameters,
     evaluation_statistics,
     four_or_five_dimensional,
@@ -61,6 +62,7 @@ def _conv_transpose(dimensions: int) -> Row:
         role=Role.COMPUTE,
         kernel=f"quantized::conv_transpose{dimensions}d",
         weight_dtypes=(torch.int8,),
+        symmetric_weight=False,
         weight_axis=None,  # both engines refuse per-channel weights; fbgemm, since oneDNN is wrong
         output=OutputPolicy.ALWAYS,
         epilogues=_SATURATION,
@@ -130,9 +132,10 @@ ROWS: tuple[Row, ...] = (
         kernel="quantized::leaky_relu",
     ),
     # -- ops whose output has the parameters of their input ---------------------------------------
-    *(_shares(kind, "aten::clamp on int8") for kind in ("relu6", "hardtanh", "clamp")),
-    _shares("clamp_min", "aten::clamp on int8"),
-    _shares("clamp_max", "aten::clamp on int8"),
+    *(
+        _shares(kind, "aten::clamp on int8", guards=(constant_bounds,))
+        for kind in ("relu6", "hardtanh", "clamp", "clamp_min", "clamp_max")
+    ),
     _shares("relu", "aten::relu on int8"),
     _shares("max_pool1d", "quantized::max_pool1d", worth_alone=True, guards=(no_indices,)),
     _shares("max_pool2d", "quantized::max_pool2d", worth_alone=True, guards=(no_indices,)),

@@ -235,7 +235,9 @@ def test_per_tensor_weights(lower: Lower) -> None:
 
 
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
-def test_an_input_without_a_batch_stays_in_float_and_says_why(lower: Lower, dimensions: int) -> None:
+def test_an_input_without_a_batch_stays_in_float_and_says_why(
+    lower: Lower, dimensions: int
+) -> None:
     x = _input(dimensions)[0]
     case = lower(TwoConvolutions(dimensions, _CONV[dimensions](6, 12, 3)), x)
     assert case.kernels == []

@@ -19,6 +19,7 @@ class Net(nn.Module):
         self.body = body
         self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1)
         self.c = nn.Conv2d(8, 8, 3, padding=1)
+        self.up = nn.ConvTranspose2d(8, 8, 3)
         self.wide = nn.Conv2d(3, 8, 1)
         nn.init.normal_(self.wide.weight, std=8.0)
         self.head = nn.Conv2d(channels, 5, 1)
@@ -188,3 +189,27 @@ def test_a_3d_pool_without_a_batch_stays_in_float(lower: Lower) -> None:
     case = lower(model, torch.randn(2, 4, 6, 8))
     assert "has no batch dimension" in case.reasons()
     case.check(torch.randn(2, 4, 6, 8))
+
+
+UNREAD: dict[str, Callable[[Any, Tensor], Any]] = {
+    "convolution": lambda m, y: m.c(y),
+    "convolution and relu": lambda m, y: F.relu(m.c(y)),
+    "transposed convolution": lambda m, y: m.up(y),
+    "sum": lambda m, y: m.c(y) + y,
+    "pool": lambda m, y: F.max_pool2d(y, 2),
+    "concatenation": lambda m, y: torch.cat([y, y]),
+    "shape": lambda m, y: y.shape,
+    "float": lambda m, y: torch.softmax(y, 1),
+    "clamp": lambda m, y: F.relu6(F.max_pool2d(y, 1)),
+    "pieces": lambda m, y: y.chunk(2, 1),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_a_result_that_nobody_reads(lower: Lower, name: str) -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        UNREAD[name](m, y)
+        return y
+
+    lower(Net(body), _input()).check(_input(batch=3))

@@ -165,11 +165,10 @@ ROWS: dict[str, Row] = {
             ((slice(0, 1),),),
         ),
     ),
-    # pieces, as the take-pieces pass makes them of ``x.chunk(2, 1)[0]``
-    "chunk": Row(arguments=((2, 1, 0), (3, 2, -1))),
-    "split": Row(arguments=((4, 1, 1), ([3, 5], 1, 0))),
-    "tensor_split": Row(arguments=((3, 1, 2), ([1, 4], 2, 1))),
-    "unbind": Row(arguments=((2, 1), (-1, 0))),
+    "chunk": Row(arguments=((2, 1, 0), (3, -1, 1), (2, 0, 1)), other=(8, 7, 12)),
+    "split": Row(arguments=((3, 1, 0), ((2, 6), 1, 1), (5, -1, -1))),
+    "tensor_split": Row(arguments=((3, 1, 2), ((2, 5), 1, 1))),
+    "unbind": Row(arguments=((2, 1), (-1, -2))),
     "contiguous": Row(),
     "detach": Row(),
     "pixel_shuffle": Row(
@@ -282,3 +281,29 @@ def test_row(lower: Lower, kind: str, spelling: tuple[str, Any, tuple[Any, ...]]
     if len(row.shape) == 3 and kind != "view":  # in float, a view of channels_last is an error
         case.check(torch.randn(x.shape).contiguous(memory_format=torch.channels_last))
     case.check(2 * torch.randn(5, 3, *(row.other or row.shape)[1:]))
+
+
+FLOAT: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda x: x.mean((2, 3), keepdim=True),
+    "adaptive_avg_pool1d": lambda x: F.adaptive_avg_pool1d(x.flatten(2), 4).unsqueeze(3),
+    "adaptive_avg_pool2d": lambda x: F.adaptive_avg_pool2d(x, (2, 3)),
+    "adaptive_avg_pool3d": lambda x: F.adaptive_avg_pool3d(x.unsqueeze(4), (2, 3, 1)).squeeze(4),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+}
+
+
+def test_every_float_row_has_a_case() -> None:
+    assert {kind for kind, row in X86.rows.items() if row.role is Role.FLOAT} == set(FLOAT)
+
+
+@pytest.mark.parametrize("kind", FLOAT)
+def test_float_row(lower: Lower, kind: str) -> None:
+    """By design between a dequantize and a quantize; the op says with which measurement."""
+    model = Sandwich(FLOAT[kind], Row(), None)
+    case = lower(model, torch.randn(2, 3, 10, 12))
+    report = case.check(torch.randn(3, 3, 7, 9))
+    assert not any(kind in row.kind for row in report.rows), f"\n{report}"
+    assert X86.rows[kind].reason in case.reasons()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,10 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import ConfigError, DataNotFoundError
+from fxquant.models_zoo.evaluation import compare, logit_sqnr
 from fxquant.models_zoo.mobilenet_v2_folded import dequantized_state
 from fxquant.models_zoo.registry import load, names
 from fxquant.models_zoo.torchvision_import import import_torchvision
-from fxquant.models_zoo.torchvision_models import build, realistic_bn_statistics, seeded_images
+from fxquant.models_zoo.torchvision_models import (
+    SyntheticSource,
+    build,
+    realistic_bn_statistics,
+    seeded_images,
+    side_of,
+)
 
 needs_torchvision = pytest.mark.skipif(
     find_spec("torchvision") is None, reason="torchvision is not installed"
@@ -143,6 +151,46 @@ def test_torchvision_entry_needs_no_data() -> None:
     assert classes.unique().numel() >= 5  # else agreement would say nothing
     calibration = torch.cat(entry.calibration)
     assert not any(torch.equal(entry.evaluation[0][0][0], image) for image in calibration)
+
+
+@needs_torchvision
+def test_segmentation_is_judged_by_pixels() -> None:
+    entry = load("torchvision/lraspp_mobilenet_v3_large", side=32)
+    assert entry.example_inputs[0].shape == (1, 3, 32, 32)
+    assert isinstance(entry.images, SyntheticSource)
+    few = replace(entry, images=replace(entry.images, calibration_count=2, evaluation_count=3))
+    inputs, labels = few.evaluation[0]
+    assert inputs.shape == (3, 3, 32, 32)
+    assert labels.shape == (3, 32, 32)
+    assert few.fp32_logits.shape == (3 * 32 * 32, 21)
+    with torch.no_grad():
+        wanted = few.model(inputs)["out"]
+    assert torch.equal(few.fp32_logits.reshape(3, 32, 32, 21).movedim(-1, 1), wanted)
+    assert few.metric(few.model) == few.agreement(few.model) == 100.0
+    accuracy = compare(few, few.model)
+    assert accuracy.images == 3 * 32 * 32
+    assert accuracy.sqnr_db == logit_sqnr(few, few.model) == float("inf")
+
+
+@needs_torchvision
+def test_each_network_has_its_own_resolution() -> None:
+    assert side_of("resnet18") == 224
+    assert side_of("inception_v3") == 299
+    assert side_of("deeplabv3_resnet50") == 128
+    assert load("torchvision/resnet18", side=48).example_inputs[0].shape == (1, 3, 48, 48)
+
+
+def test_a_side_is_for_seeded_pictures_only() -> None:
+    with pytest.raises(ConfigError, match="whose images have their size"):
+        load("digits", side=32)
+
+
+def test_pictures_are_exposed_alike() -> None:
+    images = seeded_images(6, seed=3, side=40).float()
+    spread, mean = torch.std_mean(images, dim=(1, 2, 3))
+    assert (mean - 128).abs().max() < 4
+    assert (spread - 56).abs().max() < 4  # the ends are cut off
+    assert torch.equal(images, seeded_images(6, seed=3, side=40).float())
 
 
 @needs_torchvision

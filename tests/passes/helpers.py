@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -16,29 +15,14 @@ from fxquant.ledger import build_ledger
 from fxquant.metadata import Annotation, TensorRecord, record_of
 from fxquant.op_view import type_name
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult, run_pass
-from fxquant.passes.annotate import Annotate
-from fxquant.passes.fold_batch_norm import FoldBatchNorm
-from fxquant.passes.functionalize import Functionalize
-from fxquant.passes.fuse_patterns import FusePatterns
-from fxquant.passes.insert_observers import OBSERVER_PREFIX, InsertObservers
+from fxquant.passes.insert_observers import OBSERVER_PREFIX
 from fxquant.passes.propagate_qconfigs import PropagateQConfigs
-from fxquant.passes.remove_identities import RemoveIdentities
-from fxquant.passes.share_parameters import ShareParameters
+from fxquant.pipelines import prepare_pipeline
 from fxquant.qconfig_mapping import get_default_qconfig_mapping, normalize
 from fxquant.shapes import record_shapes
 from fxquant.targets.registry import target_named
 
 Module = TypeVar("Module", bound=nn.Module)
-
-PREPARE = (
-    Functionalize,
-    RemoveIdentities,
-    FoldBatchNorm,
-    FusePatterns,
-    Annotate,
-    ShareParameters,
-    InsertObservers,
-)
 
 
 def lively(model: Module, seed: int = 0) -> Module:
@@ -80,8 +64,8 @@ def run_before(
 ) -> PassContext:
     """Run, checked, what the prepare pipeline runs before ``wanted``."""
     shared = context()
-    passes: Iterator[Pass] = (propagate(model, mapping), *(one() for one in PREPARE))  # type: ignore[assignment]
-    for one in passes:
+    chosen = propagate(model, mapping)
+    for one in prepare_pipeline(chosen.mapping, chosen.known_paths).passes:
         if isinstance(one, wanted):
             break
         run_pass(one, gm, shared)

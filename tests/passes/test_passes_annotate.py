@@ -124,6 +124,10 @@ SHARING: dict[str, tuple[Function, int]] = {
     "transpose": (lambda x: x.transpose(2, 3), 4),
     "squeeze": (lambda x: x.unsqueeze(0).squeeze(0), 4),
     "slice": (lambda x: x[:, :2], 2),
+    "chunk": (lambda x: x.chunk(2, 1)[1], 2),
+    "split": (lambda x: torch.split(x, [1, 3], 1)[1], 3),
+    "tensor_split": (lambda x: x.tensor_split(2, 1)[0], 2),
+    "unbind": (lambda x: x[None].unbind()[0], 4),
     "contiguous": (lambda x: x.contiguous(), 4),
     "pixel_shuffle": (nn.PixelShuffle(2), 1),
     "pixel_unshuffle": (nn.PixelUnshuffle(2), 16),
@@ -262,6 +266,7 @@ FLOAT: dict[str, tuple[Function, str]] = {
     "sigmoid": (nn.Sigmoid(), "quantized::sigmoid takes 122 us"),
     "tanh": (torch.tanh, "quantized::tanh takes 411 us"),
     "hardswish": (nn.Hardswish(), "quantized::hardswish takes 48 us"),
+    "hardsigmoid": (nn.Hardsigmoid(), "the int8 kernel takes as long as"),
 }
 UNKNOWN: dict[str, tuple[Function, str]] = {
     "catalogue, no row": (F.gelu, "no int8 kernel for 'gelu'"),

@@ -268,7 +268,8 @@ class Plain2(Plain):
 
 def test_without_running_statistics() -> None:
     model = nn.Sequential(nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6, track_running_stats=False))
-    gm, (refusal,) = (lambda pair: (pair[0], pair[1].refusals))(fold(model, IMAGES))
+    gm, result = fold(model, IMAGES)
+    (refusal,) = result.refusals
     assert "track_running_stats=False" in refusal.reason
     assert norms(gm) == 1
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxquant.models_zoo.torchvision_import import import_torchvision
 from fxquant.pass_manager import PassResult, fingerprint
 from fxquant.passes.functionalize import Functionalize
 from fxquant.passes.remove_identities import RemoveIdentities
 from tests.passes.helpers import captured, graph_text, run_alone
 
 Function = Callable[..., Any]
+
+
+def torchvision_is_there() -> bool:
+    return importlib.util.find_spec("torchvision") is not None
 
 
 class Around(nn.Module):
@@ -93,6 +100,21 @@ def test_a_module_with_a_hook_stays() -> None:
     gm = captured(model, x)
     assert run_alone(RemoveIdentities(), gm) == PassResult(changes=0)
     assert torch.equal(gm(x), model(x))
+
+
+@pytest.mark.skipif(not torchvision_is_there(), reason="needs torchvision")
+@pytest.mark.parametrize("training", [False, True])
+def test_stochastic_depth_of_torchvision(training: bool) -> None:
+    import_torchvision()
+    ops = importlib.import_module("torchvision.ops")
+    model = Around(ops.StochasticDepth(0.5, "row")).train(training)
+    gm = captured(model, torch.randn(2, 3))
+    kept = [entry.kind for entry in gm.state.ledger]
+    assert "stochastic_depth" in kept
+    result = run_alone(RemoveIdentities(), gm)
+    assert result.changes == (0 if training else 2)
+    x = torch.ones(100, 3)
+    assert (gm(x) == 3).all() != training
 
 
 class OfTuple(nn.Module):

@@ -1,0 +1,58 @@
+"""guard-boundary: inputs that kernels cannot take get a clear error, outputs the float layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from fxquant.graph_module import QuantGraphModule
+from fxquant.kernels import checked_input, in_format_of
+from fxquant.metadata import TensorRecord, record_of
+from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
+from fxquant.rewriter import GraphRewriter
+
+
+@dataclass(frozen=True)
+class GuardBoundary(Pass):
+    """Check the inputs that are quantized, and hand out images as the float model would.
+
+    int8 kernels take float32 of one rank and write channels_last. The float model may take other
+    ranks and dtypes, and gives contiguous images for contiguous ones; callers rely on that.
+    """
+
+    name: ClassVar[str] = "guard-boundary"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.LOWERED})
+    establishes: ClassVar[frozenset[Fact]] = frozenset({Fact.BOUNDARY_GUARDED})
+
+    def run(self, gm: QuantGraphModule, context: PassContext) -> PassResult:
+        """Insert a check behind each quantized input and a format in front of the output."""
+        rewriter = GraphRewriter(gm, self.name)
+        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        images = [n for n in placeholders if _rank(n) in (4, 5)]
+        for node in placeholders:
+            quantized = any(user.target is torch.quantize_per_tensor for user in node.users)
+            rank = _rank(node)
+            if not quantized or rank is None:
+                continue
+            made = rewriter.call(
+                checked_input, (node, str(node.target), rank), before=node.next, like=node
+            )
+            rewriter.replace_uses(node, made)
+        output = next(iter(reversed(gm.graph.nodes)))
+        for node in list(output.all_input_nodes):
+            if _rank(node) not in (4, 5) or not record_of(node).made_by:
+                continue
+            like = next((i for i in images if _rank(i) == _rank(node)), None)
+            made = rewriter.call(in_format_of, (node, like), before=output, like=node)
+            rewriter.replace_argument(output, node, made)
+        return PassResult(changes=rewriter.finish())
+
+
+def _rank(node: fx.Node) -> int | None:
+    value = record_of(node).value
+    if isinstance(value, TensorRecord) and value.dtype.is_floating_point:
+        return len(value.shape)
+    return None
