@@ -127,7 +127,8 @@ def measure(name: str, *, peers: bool = True, latency_threads: int | None = None
         latency_threads: measure the latency of one picture with so many threads.
     """
     entry = entry_of(name)
-    prepared = calibrate(prepare_fx(entry.model, None, entry.example_inputs), entry.calibration)
+    prepared = prepare_fx(entry.model, None, entry.example_inputs)
+    calibrate(prepared, entry.calibration, progress=False)
     model = convert_fx(prepared)
     return Measured(
         name=name,

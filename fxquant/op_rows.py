@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from fxquant.errors import NotAGraphModuleError
 from fxquant.graph_module import OpEntry, QuantGraphModule, Stage
-from fxquant.kernels import as_quantized
+from fxquant.kernels import as_quantized, checked_input
 from fxquant.metadata import FusionRecord, NodeRecord, record_of
 from fxquant.op_catalog import OpKind
 from fxquant.op_view import attribute, kind_of
@@ -220,6 +220,8 @@ class _Reader:
     def _quantizes(self, user: fx.Node) -> bool:
         if self.state.stage is Stage.PREPARED:
             return user.op == "call_module" and not record_of(user).origins
+        if user.target is checked_input:
+            return any(self._quantizes(behind) for behind in user.users)
         return user.target in (QUANTIZE, torch.quantize_per_tensor)
 
     def _reason(self, node: fx.Node) -> str:

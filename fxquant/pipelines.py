@@ -8,6 +8,7 @@ from fxquant.passes.annotate import Annotate
 from fxquant.passes.cancel_quantize import CancelQuantize
 from fxquant.passes.correct_bias import CorrectBias
 from fxquant.passes.fold_batch_norm import FoldBatchNorm
+from fxquant.passes.fold_channel_scale import FoldChannelScale
 from fxquant.passes.functionalize import Functionalize
 from fxquant.passes.fuse_patterns import FusePatterns
 from fxquant.passes.guard_boundary import GuardBoundary
@@ -57,6 +58,7 @@ def prepare_pipeline(
             TakePieces(),  # specs are about ops with one result
             RecognizeChannelShuffle(),  # four ops on int8 values take five times as long as one
             FoldBatchNorm(),  # weights must be final before they are observed
+            FoldChannelScale(),  # a product with a constant has no int8 kernel
             FusePatterns(),  # values inside a pattern are not observed
             Annotate(),  # specs from qconfig and op table
             ShareParameters(),  # which tensors have one range

@@ -41,6 +41,7 @@ from fxquant.models_zoo.torchvision_models import (
     logit_rows,
     output_of,
     realistic_bn_statistics,
+    realistic_layer_scales,
     seeded_images,
     side_of,
 )
@@ -285,6 +286,7 @@ def _torchvision(name: str, data_dir: DataDir, weights: str | None, side: int | 
     if synthetic:
         side = side_of(short) if side is None else side
         if weights is None:
+            realistic_layer_scales(model)
             pictures = seeded_images(16, seed=2, side=side)
             realistic_bn_statistics(model, [data.normalized(pictures)])
         images = SyntheticSource(

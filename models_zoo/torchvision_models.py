@@ -121,6 +121,18 @@ def realistic_bn_statistics(model: nn.Module, inputs: Iterable[Tensor]) -> None:
             norm.training, norm.momentum = training, momentum
 
 
+def realistic_layer_scales(model: nn.Module) -> None:
+    """Set the layer scales of ConvNeXt and its like to seeded values between 0.1 and 1, in place.
+
+    A fresh model has 1e-6, which switches its blocks off: whatever they compute would be right.
+    """
+    generator = torch.Generator().manual_seed(_WEIGHT_SEED)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.rpartition(".")[2] == "layer_scale":
+                parameter.uniform_(0.1, 1.0, generator=generator)
+
+
 def seeded_images(count: int, *, seed: int, side: int = _SIDE) -> Tensor:
     """Smooth random pictures, the same for the same seed.
 

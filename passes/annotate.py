@@ -293,8 +293,8 @@ def _check_finite(node: fx.Node, op: Op) -> None:
         if value is not None and not bool(torch.isfinite(value).all()):
             raise NonFiniteStatisticError(
                 f"the {name} {op.constant_path(name)!r} of {node.name!r} holds NaN or Inf; it"
-                " cannot be quantized. Check the checkpoint, and the running variance of a batch-norm"
-                " folded into it"
+                " cannot be quantized. Check the checkpoint, and the running variance of a"
+                " batch-norm folded into it"
             )
 
 

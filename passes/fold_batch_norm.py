@@ -108,7 +108,7 @@ def fold(rewriter: GraphRewriter, base: Op, norm: Op) -> None:
     weight, bias = base.constant("weight"), base.constant("bias")
     assert weight is not None
     factor, shift = affine_of(norm)
-    new_weight = weight.detach().to(torch.float64) * _spread(base, weight, factor)
+    new_weight = weight.detach().to(torch.float64) * spread_over_outputs(base, weight, factor)
     old_bias = torch.zeros_like(factor) if bias is None else bias.detach().to(torch.float64)
     new_bias = old_bias * factor + shift
     store_parameter(rewriter, base, "weight", new_weight.to(weight.dtype), weight)
@@ -133,7 +133,7 @@ def affine_of(norm: Op) -> tuple[Tensor, Tensor]:
     return factor, shift
 
 
-def _spread(base: Op, weight: Tensor, factor: Tensor) -> Tensor:
+def spread_over_outputs(base: Op, weight: Tensor, factor: Tensor) -> Tensor:
     """``factor`` shaped to multiply ``weight`` along its output channels."""
     if not base.name.startswith("conv_transpose"):
         return factor.reshape(-1, *[1] * (weight.dim() - 1))

@@ -43,7 +43,9 @@ class GuardBoundary(Pass):
             rewriter.replace_uses(node, made)
         output = next(iter(reversed(gm.graph.nodes)))
         for node in list(output.all_input_nodes):
-            if _rank(node) not in (4, 5) or not record_of(node).made_by:
+            if _rank(node) not in (4, 5) or node.target is in_format_of:
+                continue
+            if not record_of(node).made_by:
                 continue
             like = next((i for i in images if _rank(i) == _rank(node)), None)
             made = rewriter.call(in_format_of, (node, like), before=output, like=node)

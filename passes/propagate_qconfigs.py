@@ -104,8 +104,8 @@ class PropagateQConfigs(Pass):
                 context.diagnostics.warn(
                     f"object_type rule {name!r} matches no op of the model"
                     f"{did_you_mean(name, called) or '.'} The model calls"
-                    f" {', '.join(called[:12])}{more}; a module, a function and a method of one name"
-                    " are different types",
+                    f" {', '.join(called[:12])}{more}; a module, a function and a method of one"
+                    " name are different types",
                     ConfigWarning,
                 )
 

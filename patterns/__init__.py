@@ -16,6 +16,7 @@ from fxquant.patterns.library import (
     FOLD_PATTERNS,
     FUSION_PATTERNS,
     QAT_PATTERNS,
+    SCALE_PATTERNS,
     pattern_named,
 )
 from fxquant.patterns.match import Match, Reason, Refusal, because
@@ -26,6 +27,7 @@ __all__ = [
     "FOLD_PATTERNS",
     "FUSION_PATTERNS",
     "QAT_PATTERNS",
+    "SCALE_PATTERNS",
     "Guard",
     "Match",
     "MatchReport",

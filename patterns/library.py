@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fxquant.errors import ConfigError, did_you_mean
 from fxquant.patterns.batch_norm import BATCH_NORM_ACTIVATION
+from fxquant.patterns.channel_scale import CHANNEL_SCALE
 from fxquant.patterns.concatenation import CONCATENATION_ACTIVATION
 from fxquant.patterns.convolution import CONVOLUTION_ACTIVATION, CONVOLUTION_ADD
 from fxquant.patterns.convolution_batch_norm import (
@@ -17,6 +18,9 @@ from fxquant.patterns.pattern import Pattern
 
 FOLD_PATTERNS: tuple[Pattern, ...] = CONVOLUTION_BATCH_NORM
 """Chains whose parameters become those of one op, before anything is quantized."""
+
+SCALE_PATTERNS: tuple[Pattern, ...] = CHANNEL_SCALE
+"""Chains whose last op is a constant factor that the parameters of the first can take."""
 
 QAT_PATTERNS: tuple[Pattern, ...] = CONVOLUTION_BATCH_NORM_QAT
 """The chains of :data:`FOLD_PATTERNS` while they train."""
@@ -32,7 +36,9 @@ FUSION_PATTERNS: tuple[Pattern, ...] = (
 )
 """Chains that one kernel may compute, so that the values between are not observed."""
 
-_BY_NAME = {pattern.name: pattern for pattern in (*FOLD_PATTERNS, *FUSION_PATTERNS)}
+_BY_NAME = {
+    pattern.name: pattern for pattern in (*FOLD_PATTERNS, *SCALE_PATTERNS, *FUSION_PATTERNS)
+}
 
 
 def pattern_named(name: str) -> Pattern:

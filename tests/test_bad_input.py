@@ -287,10 +287,8 @@ def test_a_weight_that_is_not_finite() -> None:
     model = Net().eval()
     with torch.no_grad():
         model.fc.weight[0, 0] = float("nan")
-    gm = prepare_fx(model, {"": A}, (IMAGES,))
-    gm(IMAGES)
-    text = message(NonFiniteStatisticError, lambda: convert_fx(gm))
-    assert "the weight of 'fc' holds NaN or Inf" in text
+    text = message(NonFiniteStatisticError, lambda: prepare_fx(model, {"": A}, (IMAGES,)))
+    assert "the weight 'fc.weight' of 'fc' holds NaN or Inf" in text
     assert "Check the checkpoint" in text
 
 

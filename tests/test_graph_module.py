@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxquant.engines import engine
+from fxquant.errors import ConfigError
 from fxquant.graph_module import QuantGraphModule
 from fxquant.metadata import record_of
 from fxquant.parity import parity
@@ -406,10 +407,12 @@ def test_the_callers_model_is_not_touched(*, training: bool) -> None:
         _run(made)
         made.load_state_dict({name: t.clone() for name, t in made.state_dict().items()})
         untouched("load_state_dict")
-        made.train()
-        untouched("train()")
-        made.to(torch.float64)
-        untouched("to(float64)")
+        if made is not int8:
+            made.train()
+            untouched("train()")
+        if made not in (int8, reference):
+            made.to(torch.float64)
+            untouched("to(float64)")
 
 
 def test_training_the_result_does_not_reach_the_caller() -> None:
@@ -456,3 +459,25 @@ def test_converting_does_not_touch_the_prepared_model(prepared: QuantGraphModule
             tensor.zero_()
     assert _differences(before, _snapshot(made)) == []
     assert (made.code, made.state) == (code, state)
+
+
+@pytest.mark.parametrize("call", ["half", "double", "bfloat16"])
+def test_int8_models_refuse_casts_and_stay_as_they_are(call: str) -> None:
+    prepared = prepare_fx(_decorated(), None, (_input(),))
+    _run(prepared)
+    for made in (convert_fx(prepared), convert_to_reference_fx(prepared)):
+        before = made(_input())
+        with pytest.raises(ConfigError, match="cannot be cast"):
+            getattr(made, call)()
+        assert torch.equal(made(_input()), before)
+        assert torch.equal(made.eval().cpu().float()(_input()), before)
+
+
+def test_int8_models_refuse_to_train_and_to_move() -> None:
+    prepared = prepare_fx(_decorated(), None, (_input(),))
+    _run(prepared)
+    int8 = convert_fx(prepared)
+    with pytest.raises(ConfigError, match="no gradients"):
+        int8.train()
+    with pytest.raises(ConfigError, match="cannot be moved to meta"):
+        int8.to("meta")

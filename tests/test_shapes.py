@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fxquant.capture import capture
 from fxquant.errors import CaptureWarning, Diagnostics, StrictModeError
 from fxquant.graph_module import QuantGraphModule
-from fxquant.metadata import EMPTY, TensorRecord, record_of, shape_of
+from fxquant.metadata import EMPTY, DictRecord, TensorRecord, record_of, shape_of
 from fxquant.shapes import as_arguments, bind_examples, record_shapes
 
 IMAGES = torch.randn(2, 3, 8, 8)
@@ -58,7 +58,10 @@ def test_every_sort_of_value() -> None:
     assert value(gm, "chunk") == (half, half)
     assert value(gm, "output") == (
         image,
-        (TensorRecord(shape=(2, 4, 6, 6), dtype=torch.bool), (2, (half, half))),
+        (
+            TensorRecord(shape=(2, 4, 6, 6), dtype=torch.bool),
+            DictRecord(keys=("size", "halves"), values=(2, (half, half))),
+        ),
         (2, 3, 8, 8),
         None,
     )

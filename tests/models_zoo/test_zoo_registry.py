@@ -19,6 +19,7 @@ from fxquant.models_zoo.torchvision_models import (
     SyntheticSource,
     build,
     realistic_bn_statistics,
+    realistic_layer_scales,
     seeded_images,
     side_of,
 )
@@ -183,6 +184,20 @@ def test_each_network_has_its_own_resolution() -> None:
 def test_a_side_is_for_seeded_pictures_only() -> None:
     with pytest.raises(ConfigError, match="whose images have their size"):
         load("digits", side=32)
+
+
+def test_layer_scales_let_their_blocks_work() -> None:
+    model = nn.Module()
+    model.block = nn.Module()
+    model.block.layer_scale = nn.Parameter(torch.full((64, 1, 1), 1e-6))
+    model.block.weight = nn.Parameter(torch.zeros(3))
+    realistic_layer_scales(model)
+    scales = model.block.layer_scale
+    assert 0.1 <= scales.min() < 0.2 < 0.9 < scales.max() <= 1
+    assert model.block.weight.eq(0).all()
+    before = scales.detach().clone()
+    realistic_layer_scales(model)
+    assert torch.equal(scales, before)
 
 
 def test_pictures_are_exposed_alike() -> None:
