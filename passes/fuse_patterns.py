@@ -8,6 +8,7 @@ from typing import ClassVar
 from fxquant.graph_module import QuantGraphModule
 from fxquant.metadata import FusionRecord, add_reason, record_of, update_record
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult, Refusal
+from fxquant.passes.propagate_qconfigs import DEFAULT
 from fxquant.patterns.library import FUSION_PATTERNS
 from fxquant.patterns.match import Match, Reason, because
 from fxquant.patterns.matcher import match_all
@@ -23,7 +24,7 @@ def same_qconfig(match: Match) -> Reason | None:
         return because("{node!r} stays in FP32 ({rule})", node=match.first.name, rule=first.rule)
     for node in match.nodes[1:]:
         record = record_of(node)
-        own_rule = record.rule not in ("global", "no rule")
+        own_rule = record.rule not in ("global", "no rule") and not record.rule.endswith(DEFAULT)
         if record.qconfig != first.qconfig and own_rule:
             return because(
                 "{node!r} is governed by {rule}, {first!r} by {first_rule}",

@@ -18,6 +18,10 @@ from fxquant.qconfig_mapping import QConfigMapping, resolve
 _OPS = ("call_module", "call_function", "call_method")
 
 
+DEFAULT = "(default)"
+"""Ends a rule that the default mapping brings along and no user wrote."""
+
+
 @dataclass(frozen=True)
 class PropagateQConfigs(Pass):
     """Record for every op the qconfig that the mapping gives it, and the rule.
@@ -46,15 +50,21 @@ class PropagateQConfigs(Pass):
                 continue
             record = record_of(node)
             seen.add(record.scope)
-            resolution = resolve(self.mapping, **_subject(gm, node))
+            subject = _subject(gm, node)
+            resolution = resolve(self.mapping, **subject)
             matched.update(resolution.matched_keys)
-            changed = record.qconfig != resolution.qconfig or record.rule != resolution.rule
-            if changed:
-                update_record(node, qconfig=resolution.qconfig, rule=resolution.rule)
+            rule = resolution.rule
+            if rule.startswith("object_type") and self._is_default(subject["target_types"]):
+                rule = f"{rule} {DEFAULT}"
+            if record.qconfig != resolution.qconfig or record.rule != rule:
+                update_record(node, qconfig=resolution.qconfig, rule=rule)
                 changes += 1
         names = {type_name(gm, n) for n in gm.graph.nodes if n.op in _OPS}
         self._report_unmatched(matched, seen, names, context)
         return PassResult(changes=changes)
+
+    def _is_default(self, kinds: tuple[object, ...]) -> bool:
+        return any(kind in self.mapping.default_object_types for kind in kinds)
 
     def _report_unmatched(
         self, matched: set[Any], paths: set[str], names: set[str], context: PassContext
