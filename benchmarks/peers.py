@@ -8,8 +8,7 @@ import warnings
 import torch
 from torch import nn
 
-from fxquant.capture import capture
-from fxquant.errors import Diagnostics
+from fxquant.capture import _recording_builtins
 from fxquant.models_zoo.registry import ZooEntry
 
 TORCH_AO_ENGINES = ("x86", "fbgemm", "onednn", "qnnpack")
@@ -18,8 +17,8 @@ TORCH_AO_ENGINES = ("x86", "fbgemm", "onednn", "qnnpack")
 def torch_ao(entry: ZooEntry, engine: str) -> nn.Module:
     """torch.ao's FX quantization with the default mapping of ``engine``, calibrated on ``calib``.
 
-    torch.fx cannot trace ``max`` over shapes; such models are traced by fxquant's tracer and given
-    to torch.ao as a ``GraphModule``, so that it competes on all networks.
+    torch.fx cannot trace ``max`` over shapes; fxquant's tracer helps it there, so that torch.ao
+    competes on all networks.
     """
     from torch.ao.quantization import get_default_qconfig_mapping
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
@@ -30,15 +29,9 @@ def torch_ao(entry: ZooEntry, engine: str) -> nn.Module:
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # deprecations of the peer
-            try:
+            with _recording_builtins():  # torch.fx itself cannot trace max over shapes
                 prepared = prepare_fx(
                     model, get_default_qconfig_mapping(engine), entry.example_inputs
-                )
-            except Exception:  # noqa: BLE001  # the peer's tracer gives up; help it once
-                traced = capture(model, Diagnostics())
-                plain = torch.fx.GraphModule(traced, traced.graph).eval()
-                prepared = prepare_fx(
-                    plain, get_default_qconfig_mapping(engine), entry.example_inputs
                 )
             for batch in entry.calibration:
                 prepared(batch)

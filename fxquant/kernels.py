@@ -55,23 +55,18 @@ def tensor_split(x: Tensor, sections: int | list[int], dim: int, index: int) -> 
     return x.tensor_split(sections, dim)[index]
 
 
-def unbind(x: Tensor, dim: int, index: int) -> Tensor:
-    """One piece of ``x.unbind(dim)``."""
-    return x.select(dim, index)
-
-
 def checked_input(x: Tensor, name: str, rank: int) -> Tensor:
     """``x``, if the kernels behind it can take it.
 
     Raises:
-        ShapeGuardError: another rank or dtype than the example input's, which the float model may
-            take and int8 kernels do not.
+        ShapeGuardError: fewer dimensions than ``rank``, or another dtype than float32, which the
+            float model may take and int8 kernels do not.
     """
-    if x.dim() != rank or x.dtype is not torch.float32:
+    if x.dim() < rank or x.dtype is not torch.float32:
         raise ShapeGuardError(
             f"input {name!r} is {str(x.dtype).removeprefix('torch.')}{list(x.shape)}; the int8"
-            f" model takes float32 of {rank} dimension(s), as the example inputs had. Convert it"
-            " (x.float(), x.unsqueeze(0)), or prepare again with example inputs like this one"
+            f" model takes float32 of at least {rank} dimensions. Convert it (x.float(),"
+            " x.unsqueeze(0))"
         )
     return x
 

@@ -475,7 +475,8 @@ KINDS: tuple[OpKind, ...] = (
     _unary("chunk", (kernels.chunk,), extra="chunks dim index"),
     _unary("split", (kernels.split,), extra="sizes dim index"),
     _unary("tensor_split", (kernels.tensor_split,), extra="sections dim index"),
-    _unary("unbind", (kernels.unbind,), extra="dim index"),
+    _unary("select", (torch.select,), extra="dim index", methods=("select",)),
+    _unary("narrow", (torch.narrow,), extra="dim start length", methods=("narrow",)),
     OpKind(
         name="slice",
         signature=_signature("input index"),

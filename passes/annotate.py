@@ -182,7 +182,7 @@ def _warn_of_narrow_ranges(gm: QuantGraphModule, context: PassContext) -> None:
         (node, spec)
         for node in gm.graph.nodes
         for spec in (getattr(record_of(node).annotation, "output", None),)
-        if spec is not None and spec.dtype is torch.uint8 and spec.levels < 256
+        if spec is not None and spec.dtype is torch.uint8 and spec.levels == 128
     ]
     if not narrow or not context.target.executes:
         return

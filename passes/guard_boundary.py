@@ -14,6 +14,8 @@ from fxquant.metadata import TensorRecord, record_of
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
 from fxquant.rewriter import GraphRewriter
 
+_BATCHED = ("conv", "max_pool", "avg_pool", "batch_norm", "interpolate")
+
 
 @dataclass(frozen=True)
 class GuardBoundary(Pass):
@@ -32,13 +34,16 @@ class GuardBoundary(Pass):
         rewriter = GraphRewriter(gm, self.name)
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         images = [n for n in placeholders if _rank(n) in (4, 5)]
+        # Convolution and pooling kernels want the batch axis; the others any two dimensions.
+        images_only = any(entry.kind.startswith(_BATCHED) for entry in gm.state.ledger)
         for node in placeholders:
             quantized = any(user.target is torch.quantize_per_tensor for user in node.users)
             rank = _rank(node)
             if not quantized or rank is None:
                 continue
+            least = rank if images_only else min(rank, 2)
             made = rewriter.call(
-                checked_input, (node, str(node.target), rank), before=node.next, like=node
+                checked_input, (node, str(node.target), least), before=node.next, like=node
             )
             rewriter.replace_uses(node, made)
         output = next(iter(reversed(gm.graph.nodes)))

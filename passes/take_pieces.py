@@ -45,7 +45,7 @@ _TENSOR_SPLIT = _Splitting(
     parameters={"sections": REQUIRED, "dim": 0},
     aliases=dict.fromkeys(("indices_or_sections", "sections", "indices"), "sections"),
 )
-_UNBIND = _Splitting(piece=kernels.unbind, parameters={"dim": 0}, aliases={})
+_UNBIND = _Splitting(piece=torch.select, parameters={"dim": 0}, aliases={})
 
 _BY_FUNCTION: Mapping[Any, _Splitting] = {
     torch.chunk: _CHUNK,

@@ -23,7 +23,6 @@ from fxquant.kernels import (
     interleave,
     split,
     tensor_split,
-    unbind,
 )
 from fxquant.lowering import Bound, IntValue, Lowering, Representation, Site, Weight
 from fxquant.metadata import add_reason, shape_of
@@ -814,7 +813,8 @@ EMITTERS: dict[str, Emitter] = {
     "chunk": _moved(chunk, "chunks", "dim", "index", held=_BYTES, view=True),
     "split": _moved(split, "sizes", "dim", "index", held=_BYTES, view=True),
     "tensor_split": _moved(tensor_split, "sections", "dim", "index", held=_BYTES, view=True),
-    "unbind": _moved(unbind, "dim", "index", held=_BYTES, view=True),
+    "select": _moved(torch.select, "dim", "index", held=_BYTES, view=True),
+    "narrow": _moved(torch.narrow, "dim", "start", "length", held=_BYTES, view=True),
     "contiguous": _moved(contiguous, "memory_format", held=_BYTES, view=True),
     "pixel_shuffle": _moved(F.pixel_shuffle, "upscale_factor", held=_BYTES, view=True),
     "pixel_unshuffle": _moved(F.pixel_unshuffle, "downscale_factor", held=_BYTES, view=True),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import fx, nn
 
+from fxquant.errors import ConfigWarning
 from fxquant.graph_module import QuantGraphModule
 from fxquant.metadata import record_of
 from fxquant.observers import MinMaxObserver, PerChannelMinMaxObserver
@@ -79,6 +80,7 @@ def _lower(
     before = copy.deepcopy(model)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*0..127 of 0..255", ConfigWarning)  # wished for here
         prepared = prepare_fx(model, mapping, inputs)
         for batch in calibration or [inputs]:
             expected = before(*copy.deepcopy(batch))

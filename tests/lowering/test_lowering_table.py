@@ -168,7 +168,8 @@ ROWS: dict[str, Row] = {
     "chunk": Row(arguments=((2, 1, 0), (3, -1, 1), (2, 0, 1)), other=(8, 7, 12)),
     "split": Row(arguments=((3, 1, 0), ((2, 6), 1, 1), (5, -1, -1))),
     "tensor_split": Row(arguments=((3, 1, 2), ((2, 5), 1, 1))),
-    "unbind": Row(arguments=((2, 1), (-1, -2))),
+    "select": Row(arguments=((2, 1), (-1, -2))),
+    "narrow": Row(arguments=((2, 1, 3), (1, 2, 4))),
     "contiguous": Row(),
     "detach": Row(),
     "pixel_shuffle": Row(

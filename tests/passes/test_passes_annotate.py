@@ -128,6 +128,8 @@ SHARING: dict[str, tuple[Function, int]] = {
     "split": (lambda x: torch.split(x, [1, 3], 1)[1], 3),
     "tensor_split": (lambda x: x.tensor_split(2, 1)[0], 2),
     "unbind": (lambda x: x[None].unbind()[0], 4),
+    "narrow": (lambda x: x.narrow(1, 1, 2), 2),
+    "select": (lambda x: x[None].select(0, 0), 4),
     "contiguous": (lambda x: x.contiguous(), 4),
     "pixel_shuffle": (nn.PixelShuffle(2), 1),
     "pixel_unshuffle": (nn.PixelUnshuffle(2), 16),
