@@ -27,8 +27,10 @@ from fxquant.qconfig_mapping import QConfigMapping
 from fxquant.quantize_fx import convert_fx, prepare_fx
 from fxquant.shapes import record_shapes
 
-DATA_FREE_COST = "0 to 2.7 points of top-1 where calibration costs 0 to 0.7 (docs/quantize.md)"
-"""What going without data costs on the zoo's models, as the benchmark last measured it."""
+DATA_FREE_COST = (
+    "0 to 3 points of top-1, and 12 where batch-norms were folded away before (docs/quantize.md)"
+)
+"""What going without data costs on the zoo's models, see the table there."""
 
 
 def quantize(
