@@ -234,7 +234,7 @@ def main() -> None:
         )
         measured.append(found)
         print(*found.cells(), sep="  ", file=sys.stderr, flush=True)
-    options.output.write_text(page(measured))
+        options.output.write_text(page(measured))  # now, so that an interrupted run leaves a page
     print(options.output.read_text())
 
 

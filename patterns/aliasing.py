@@ -63,8 +63,13 @@ def _looks_inplace(node: fx.Node) -> bool:
     return (
         node.target in _WRITING_OPERATORS
         or node.kwargs.get("inplace") is True
-        or (name.endswith("_") and not name.endswith("__"))
+        or (name.endswith("_") and not name.endswith("__") and not _is_operator(node.target))
     )
+
+
+def _is_operator(target: object) -> bool:
+    """``operator.and_`` and ``or_`` end with an underscore since ``and`` and ``or`` are taken."""
+    return getattr(target, "__module__", "") == "_operator"
 
 
 class Aliasing:

@@ -38,7 +38,7 @@ BY_DESIGN = {
     *("AdaptiveAvgPool2d", "adaptive_avg_pool2d", "mean"),  # averages have a scale of their own
     *("Hardsigmoid", "Sigmoid"),  # gates: float is no slower, and exact
     *("layer_norm", "LayerNorm"),  # there is no int8 kernel
-    *("mul", "permute"),  # ConvNeXt's layer scale is a constant; it moves between float ops
+    "permute",  # ConvNeXt moves floats between its normalizations and residual sums
     *("add", "relu", "ReLU", "BatchNorm2d", "flatten", "interpolate"),  # read as floats only
 }
 """Ops that may stay in FP32: none of them multiplies and accumulates."""

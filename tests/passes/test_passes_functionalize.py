@@ -322,9 +322,6 @@ def test_an_input_of_the_model_is_written_no_more() -> None:
     assert x.tolist() == [-1.0, 2.0]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="patterns.aliasing takes operator.and_ for the in-place form of an `and`"
-)
 def test_operators_whose_names_end_in_an_underscore_write_nothing() -> None:
     _, result = check(Around(lambda y: (y > 0) & (y < 1)), torch.randn(3))
     assert (result.changes, result.refusals) == (0, ())
