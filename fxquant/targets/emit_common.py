@@ -1,0 +1,119 @@
+"""What the emitters of all op families share: clamps, fused functions, float results.
+
+An emitter is a function from a site to nodes: it returns ``None`` when it lowered the site, or the
+reason why it left it in FP32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxquant.clamps import CLAMP_KINDS, bounds_of
+from fxquant.kernel_probe import is_exact
+from fxquant.lowering import Representation, Site
+from fxquant.metadata import add_reason
+from fxquant.op_view import Op
+
+Emitter = Callable[[Site], str | None]
+
+QUANTIZED, BYTES = Representation.QUANTIZED, Representation.BYTES
+FLOAT_INPUT = "an input is in floating point, so there are no integers to compute with"
+FLOAT_WEIGHT = "its weight is in floating point"
+
+
+def saturates(form: str) -> str | None:
+    """Kernels that only oneDNN has are refused where it saturates: int8 would be plainly wrong."""
+    if is_exact(form, "onednn"):
+        return None
+    return (
+        f"oneDNN's int8 kernel saturates on this CPU (no VNNI): {form} with a float result or a"
+        " fused function has no exact kernel here"
+    )
+
+
+PostOp = tuple[str, list[Any], str]
+
+
+def _clamp_post_op(op: Op) -> PostOp | None:
+    low, high = bounds_of(op)
+    if high is None:
+        return ("relu", [], "") if low == 0.0 else None
+    return None if low is None else ("hardtanh", [low, high], "")
+
+
+CONVOLUTION_POST_OPS: dict[str, Callable[[Op], PostOp | None]] = {
+    **dict.fromkeys(CLAMP_KINDS, _clamp_post_op),
+    "hardswish": lambda op: ("hardswish", [], ""),
+    "silu": lambda op: ("swish", [], ""),
+}
+LINEAR_POST_OPS = CONVOLUTION_POST_OPS | {
+    "leaky_relu": lambda op: ("leaky_relu", [float(op.arguments["negative_slope"])], ""),
+    "tanh": lambda op: ("tanh", [], ""),
+    "gelu": lambda op: ("gelu", [], str(op.arguments["approximate"])),
+}
+
+
+def post_op(
+    epilogues: tuple[Op, ...], table: dict[str, Callable[[Op], PostOp | None]]
+) -> PostOp | None:
+    """The post-op of oneDNN that computes ``epilogues``, or ``None`` where there is none."""
+    if not epilogues:
+        return "none", [], ""
+    if len(epilogues) > 1 or epilogues[0].name not in table:
+        return None
+    return table[epilogues[0].name](epilogues[0])
+
+
+def emit_float_head(site: Site, emit: Callable[[Site], str | None]) -> str | None:
+    """Compute the first op in int8 with a float result; what follows stays in floating point."""
+    refused = emit(Site(op=site.op, epilogues=(), quantize=None, lowering=site.lowering))
+    for op in site.epilogues if refused is None else ():
+        add_reason(
+            op.node, "runs in FP32 on the kernel's float accumulator, before it is quantized"
+        )
+    return refused
+
+
+def clamp_epilogue(epilogues: tuple[Op, ...]) -> Op | None:
+    """The clamp behind an op, or ``None`` where something else, or nothing, follows it."""
+    if len(epilogues) == 1 and epilogues[0].name in CLAMP_KINDS:
+        return epilogues[0]
+    return None
+
+
+def finish_clamp(site: Site, node: fx.Node, clamp: Op | None, *, done: str = "") -> str | None:
+    """Register the result, with an integer clamp for the bounds that the kernel did not do."""
+    finish(site, clamped(site, node, clamp, done=done), QUANTIZED)
+    return None
+
+
+def clamped(site: Site, node: fx.Node, clamp: Op | None, *, done: str) -> fx.Node:
+    """``node`` with an integer clamp for the bounds of ``clamp`` that the kernel did not do."""
+    if clamp is None:
+        return node
+    low, high = bounds_of(clamp)
+    low = None if done == "low" else low
+    if low is None and high is None:
+        return node
+    add_reason(clamp.node, "an integer clamp: the shared output range does not express it")
+    return site.lowering.call(
+        torch.clamp,
+        (node, low, high),
+        at=site.last,
+        like=site.last,
+        dtype=torch.uint8,
+        kernel="aten::clamp on int8",
+        origins=(),
+    )
+
+
+def finish(site: Site, node: fx.Node, held: Representation) -> None:
+    """Register ``node`` as what the site computes: integers, or floats where they are read."""
+    if site.quantize is None:
+        site.lowering.result_float(site, node)
+    else:
+        site.lowering.result(site, node, held)

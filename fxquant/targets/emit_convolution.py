@@ -1,0 +1,250 @@
+"""How convolutions are emitted: ``conv{1,2,3}d`` with their epilogues and residual sums."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxquant.clamps import CLAMP_KINDS, bounds_of
+from fxquant.kernel_probe import exact_engine
+from fxquant.kernels import accumulator, as_quantized
+from fxquant.lowering import Bound, IntValue, Lowering, Site, Weight
+from fxquant.metadata import add_reason
+from fxquant.op_view import Op, attribute
+from fxquant.targets.emit_common import (
+    BYTES,
+    CONVOLUTION_POST_OPS,
+    FLOAT_INPUT,
+    FLOAT_WEIGHT,
+    QUANTIZED,
+    clamp_epilogue,
+    emit_float_head,
+    finish,
+    finish_clamp,
+    post_op,
+    saturates,
+)
+from fxquant.targets.guards import expand, resolve_padding
+
+
+def emit_convolution(site: Site) -> str | None:
+    """``conv{1,2,3}d`` with its epilogues."""
+    inputs, weight = site.inputs(), site.weight()
+    if inputs is None:
+        return FLOAT_INPUT
+    if weight is None:
+        return FLOAT_WEIGHT
+    residual = next((op for op in site.epilogues if op.name == "add"), None)
+    if residual is not None:
+        return _emit_residual(site, inputs[0], weight, residual)
+    post = post_op(site.epilogues, CONVOLUTION_POST_OPS)
+    if site.quantize is None:
+        if post is None:
+            return emit_float_head(
+                site, lambda s: _emit_pointwise_convolution(s, inputs[0], weight, ("none", [], ""))
+            )
+        return _emit_pointwise_convolution(site, inputs[0], weight, post)
+    clamp = clamp_epilogue(site.epilogues)
+    if clamp is not None or not site.epilogues:
+        return _emit_packed_convolution(site, inputs[0], weight, clamp)
+    if post is not None and site.op.name == "conv2d":
+        return _emit_pointwise_convolution(site, inputs[0], weight, post)
+    return emit_float_head(
+        site, lambda s: _emit_pointwise_convolution(s, inputs[0], weight, ("none", [], ""))
+    )
+
+
+def geometry(op: Op) -> tuple[list[int], list[int], list[int], int]:
+    """Stride, padding, dilation and groups of a convolution, as numbers per dimension."""
+    dimensions = int(op.name[-2])
+    return (
+        expand(op.arguments["stride"], dimensions),
+        expand(resolve_padding(op) if "padding" in op.arguments else 0, dimensions),
+        expand(op.arguments["dilation"], dimensions),
+        int(op.arguments["groups"]),
+    )
+
+
+def _convolution_form(lowering: Lowering, weight: Weight, groups: int) -> str:
+    """What :mod:`fxquant.kernel_probe` calls a convolution with this weight."""
+    if groups == 1:
+        return "conv"
+    return "depthwise" if _tensor(lowering, weight.integers).shape[1] == 1 else "grouped"
+
+
+def _tensor(lowering: Lowering, node: fx.Node) -> torch.Tensor:
+    value = attribute(lowering.gm, str(node.target))
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def _emit_packed_convolution(
+    site: Site, x: IntValue, weight: Weight, clamp: Op | None
+) -> str | None:
+    lowering, op = site.lowering, site.op
+    dimensions = int(op.name[-2])
+    stride, padding, dilation, groups = geometry(op)
+    engine = exact_engine(_convolution_form(lowering, weight, groups))
+    packed = lowering.pack(
+        "conv",
+        (
+            weight.integers,
+            weight.scale,
+            weight.zero_point,
+            op.arguments.get("bias"),
+            dimensions,
+            stride,
+            padding,
+            dilation,
+            groups,
+            engine,
+        ),
+        at=site.last,
+    )
+    relu = clamp is not None and bounds_of(clamp)[0] == 0.0
+    name = f"conv{dimensions}d{'_relu' if relu else ''}"
+    packet = getattr(torch.ops.quantized, name)
+    source = lowering.held_as(x, QUANTIZED, at=site.last)
+    node = lowering.emit(
+        site,
+        packet.new if "new" in packet.overloads() else packet.default,
+        (source, packed, site.output_scale, site.output_zero_point),
+        f"quantized::{name} ({engine})",
+    )
+    return finish_clamp(site, node, clamp, done="low" if relu else "")
+
+
+def _emit_pointwise_convolution(
+    site: Site, x: IntValue, weight: Weight, post: tuple[str, list[Any], str]
+) -> str | None:
+    lowering, op = site.lowering, site.op
+    stride, padding, dilation, groups = geometry(op)
+    inexact = saturates(_convolution_form(lowering, weight, groups))
+    if inexact is not None:
+        return inexact
+    packed = lowering.pack(
+        "onednn-conv",
+        (weight.integers, weight.scale, stride, padding, dilation, groups),
+        at=site.last,
+    )
+    attr, scalars, algorithm = post
+    node = lowering.emit(
+        site,
+        torch.ops.onednn.qconv_pointwise.default,
+        (
+            lowering.held_as(x, BYTES, at=site.last),
+            Bound(x.scale),
+            Bound(x.zero_point),
+            packed,
+            weight.scale,
+            weight.zero_point,
+            op.arguments.get("bias"),
+            stride,
+            padding,
+            dilation,
+            groups,
+            site.output_scale,
+            site.output_zero_point,
+            torch.float32 if site.quantize is None else torch.uint8,
+            attr,
+            scalars,
+            algorithm,
+        ),
+        f"onednn::qconv_pointwise[{attr}]" + (" -> fp32" if site.quantize is None else ""),
+    )
+    finish(site, node, BYTES)
+    return None
+
+
+def _emit_residual(site: Site, x: IntValue, weight: Weight, add: Op) -> str | None:
+    """``conv(x) + other`` on the accumulator; ``other``'s memory takes the result."""
+    lowering, op = site.lowering, site.op
+    others = [site.integers(a) for a in add.activations]
+    other = next((value for value in others if value is not None), None)
+    if site.quantize is None or other is None:
+        reason = "the sum is read in floating point" if site.quantize is None else FLOAT_INPUT
+        for node in site.members[1:]:
+            add_reason(node, f"not fused into the convolution: {reason}")
+        return emit_float_head(
+            site, lambda s: _emit_pointwise_convolution(s, x, weight, ("none", [], ""))
+        )
+    stride, padding, dilation, groups = geometry(op)
+    inexact = saturates(_convolution_form(lowering, weight, groups))
+    if inexact is not None:
+        return inexact
+    packed = lowering.pack(
+        "onednn-conv",
+        (weight.integers, weight.scale, stride, padding, dilation, groups),
+        at=site.last,
+    )
+    target = _accumulator(site, x, other)
+    clamp = next((epilogue for epilogue in site.epilogues if epilogue.name in CLAMP_KINDS), None)
+    low, high = (None, None) if clamp is None else bounds_of(clamp)
+    relu = low == 0.0
+    node = lowering.emit(
+        site,
+        torch.ops.onednn.qconv2d_pointwise.binary,
+        (
+            lowering.held_as(x, BYTES, at=site.last),
+            Bound(x.scale),
+            Bound(x.zero_point),
+            packed,
+            weight.scale,
+            weight.zero_point,
+            target,
+            op.arguments.get("bias"),
+            stride,
+            padding,
+            dilation,
+            groups,
+            site.output_scale,
+            site.output_zero_point,
+            torch.uint8,
+            Bound(other.scale),
+            Bound(other.zero_point),
+            "sum",
+            1.0,
+            "relu" if relu else "none",
+            [],
+            "",
+        ),
+        f"onednn::qconv2d_pointwise.binary[sum{', relu' if relu else ''}]",
+    )
+    if high is None and (low is None or relu):
+        finish(site, node, BYTES)
+        return None
+    quantized = lowering.call(
+        as_quantized,
+        (node, site.output_scale, site.output_zero_point),
+        at=site.last,
+        like=node,
+        dtype=torch.uint8,
+    )
+    return finish_clamp(site, quantized, clamp, done="low" if relu else "")
+
+
+def _accumulator(site: Site, x: IntValue, other: IntValue) -> fx.Node:
+    """The bytes of ``other``, copied first where somebody still needs them.
+
+    The kernel overwrites them, so they must not be read afterwards, nor be what it convolves.
+    """
+    lowering = site.lowering
+    source = lowering.held_as(other, BYTES, at=site.last)
+    position, reader = lowering.last_reader(other)
+    needed = position > lowering.order[site.last] or other.root is x.root
+    source = lowering.call(
+        accumulator,
+        (source, lowering.held_as(x, BYTES, at=site.last)),
+        at=site.last,
+        like=source,
+        dtype=torch.uint8,
+    )
+    if needed:
+        why = (
+            "the convolution reads it too" if other.root is x.root else f"{reader!r} reads it later"
+        )
+        add_reason(site.op.node, f"the other operand of the sum is copied first: {why}")
+        source = lowering.call(torch.clone, (source,), at=site.last, like=source, dtype=torch.uint8)
+    return source

@@ -1,0 +1,108 @@
+"""How ``linear`` is emitted, with its epilogues."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fxquant.clamps import bounds_of
+from fxquant.kernel_probe import exact_engine
+from fxquant.lowering import Bound, IntValue, Site, Weight
+from fxquant.metadata import shape_of
+from fxquant.op_view import Op
+from fxquant.targets.emit_common import (
+    BYTES,
+    FLOAT_INPUT,
+    FLOAT_WEIGHT,
+    LINEAR_POST_OPS,
+    QUANTIZED,
+    clamp_epilogue,
+    emit_float_head,
+    finish,
+    finish_clamp,
+    post_op,
+    saturates,
+)
+
+
+def emit_linear(site: Site) -> str | None:
+    """``linear`` with its epilogues."""
+    inputs, weight = site.inputs(), site.weight()
+    if inputs is None:
+        return FLOAT_INPUT
+    if weight is None:
+        return FLOAT_WEIGHT
+    x = inputs[0]
+    post = post_op(site.epilogues, LINEAR_POST_OPS)
+    clamp = clamp_epilogue(site.epilogues)
+    shape = shape_of(site.op.node)
+    vector = shape is not None and len(shape) < 2  # quantized::linear takes no vectors
+    if site.quantize is not None and (clamp is not None or not site.epilogues) and not vector:
+        return _emit_packed_linear(site, x, weight, clamp)
+    if post is not None:
+        return _emit_pointwise_linear(site, x, weight, post)
+    return emit_float_head(site, lambda s: _emit_pointwise_linear(s, x, weight, ("none", [], "")))
+
+
+def _emit_packed_linear(site: Site, x: IntValue, weight: Weight, clamp: Op | None) -> str | None:
+    lowering = site.lowering
+    engine = exact_engine("linear")
+    packed = lowering.pack(
+        "linear",
+        (
+            weight.integers,
+            weight.scale,
+            weight.zero_point,
+            site.op.arguments.get("bias"),
+            engine,
+        ),
+        at=site.last,
+    )
+    relu = clamp is not None and bounds_of(clamp)[0] == 0.0
+    name = "linear_relu" if relu else "linear"
+    node = lowering.emit(
+        site,
+        getattr(torch.ops.quantized, name).default,
+        (
+            lowering.held_as(x, QUANTIZED, at=site.last),
+            packed,
+            site.output_scale,
+            site.output_zero_point,
+        ),
+        f"quantized::{name} ({engine})",
+    )
+    return finish_clamp(site, node, clamp, done="low" if relu else "")
+
+
+def _emit_pointwise_linear(
+    site: Site, x: IntValue, weight: Weight, post: tuple[str, list[Any], str]
+) -> str | None:
+    lowering = site.lowering
+    inexact = saturates("linear")
+    if inexact is not None:
+        return inexact
+    packed = lowering.pack("onednn-linear", (weight.integers,), at=site.last)
+    attr, scalars, algorithm = post
+    node = lowering.emit(
+        site,
+        torch.ops.onednn.qlinear_pointwise.default,
+        (
+            lowering.held_as(x, BYTES, at=site.last),
+            Bound(x.scale),
+            Bound(x.zero_point),
+            packed,
+            weight.scale,
+            weight.zero_point,
+            site.op.arguments.get("bias"),
+            site.output_scale,
+            site.output_zero_point,
+            torch.float32 if site.quantize is None else torch.uint8,
+            attr,
+            scalars,
+            algorithm,
+        ),
+        f"onednn::qlinear_pointwise[{attr}]" + (" -> fp32" if site.quantize is None else ""),
+    )
+    finish(site, node, BYTES)
+    return None

@@ -1,0 +1,168 @@
+"""How ops that move, select, clamp or pool integers are emitted; all share the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fxquant.clamps import bounds_of
+from fxquant.lowering import Bound, IntValue, Representation, Site
+from fxquant.op_view import Op
+from fxquant.targets.emit_common import (
+    BYTES,
+    FLOAT_INPUT,
+    QUANTIZED,
+    Emitter,
+    clamp_epilogue,
+    finish,
+    finish_clamp,
+)
+
+
+def moved(
+    function: Callable[..., Any],
+    *names: str,
+    held: Representation | None = None,
+    view: bool = False,
+) -> Emitter:
+    """An emitter that calls ``function`` on the integers, with the named parameters after them."""
+
+    def emit(site: Site) -> str | None:
+        inputs = site.inputs()
+        if inputs is None:
+            return FLOAT_INPUT
+        representation = held or inputs[0].representation
+        source = site.lowering.held_as(inputs[0], representation, at=site.last)
+        args = (source, *(site.op.arguments[name] for name in names))
+        kernel = f"aten::{getattr(function, '__name__', site.op.name)} on {representation.value}"
+        node = site.lowering.emit(site, function, args, kernel)
+        site.lowering.result(site, node, representation, inputs[0].root if view else None)
+        return None
+
+    return emit
+
+
+def emit_list(function: Callable[..., Any]) -> Emitter:
+    """``cat`` and ``stack`` of bytes that have the same parameters."""
+
+    def emit(site: Site) -> str | None:
+        inputs = site.inputs()
+        if inputs is None:
+            return FLOAT_INPUT
+        sources = [site.lowering.held_as(x, BYTES, at=site.last) for x in inputs]
+        node = site.lowering.emit(
+            site, function, (sources, site.op.arguments["dim"]), f"aten::{site.op.name} on bytes"
+        )
+        if site.epilogues:
+            bytes_value = IntValue(
+                node=node,
+                representation=BYTES,
+                scale=inputs[0].scale,
+                zero_point=inputs[0].zero_point,
+                root=node,
+            )
+            quantized = site.lowering.held_as(bytes_value, QUANTIZED, at=site.last)
+            return finish_clamp(site, quantized, clamp_epilogue(site.epilogues))
+        finish(site, node, BYTES)
+        return None
+
+    return emit
+
+
+def emit_pad(site: Site) -> str | None:
+    """Zero padding of bytes: zero is the zero point, exactly."""
+    inputs = site.inputs()
+    if inputs is None:
+        return FLOAT_INPUT
+    source = site.lowering.held_as(inputs[0], BYTES, at=site.last)
+    node = site.lowering.emit(
+        site,
+        torch.constant_pad_nd,
+        (source, site.op.arguments["pad"], Bound(inputs[0].zero_point)),
+        "aten::constant_pad_nd on bytes",
+    )
+    site.lowering.result(site, node, BYTES)
+    return None
+
+
+def emit_clamp(site: Site) -> str | None:
+    """A clamp alone, on integers."""
+    inputs = site.inputs()
+    if inputs is None:
+        return FLOAT_INPUT
+    low, high = bounds_of(site.op)
+    source = site.lowering.held_as(inputs[0], QUANTIZED, at=site.last)
+    node = site.lowering.emit(site, torch.clamp, (source, low, high), "aten::clamp on quantized")
+    site.lowering.result(site, node, QUANTIZED)
+    return None
+
+
+def view_of(x: torch.Tensor, shape: Any) -> torch.Tensor:
+    """``x.reshape(shape)`` as a function; ``x.view(y.shape)`` arrives as ``(y.shape,)``."""
+    return x.reshape(*shape)
+
+
+def permuted(x: torch.Tensor, dims: Any) -> torch.Tensor:
+    """``x.permute(dims)`` as a function."""
+    return x.permute(*dims)
+
+
+def emit_interpolate(site: Site) -> str | None:
+    """Nearest and bilinear resizing of int8 images."""
+    inputs = site.inputs()
+    if inputs is None:
+        return FLOAT_INPUT
+    arguments = site.op.arguments
+    source = site.lowering.held_as(inputs[0], QUANTIZED, at=site.last)
+    names = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
+    node = site.lowering.emit(
+        site, F.interpolate, (source, *(arguments[n] for n in names)), "aten::upsample on quantized"
+    )
+    site.lowering.result(site, node, QUANTIZED)
+    return None
+
+
+MAX_POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+AVG_POOL = (
+    *("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
+)
+
+
+def pool_with_stride(function: Callable[..., Any], *names: str) -> Emitter:
+    """Pooling functions that want the default stride spelt out."""
+    inner = moved(function, *names, held=QUANTIZED)
+
+    def emit(site: Site) -> str | None:
+        arguments = dict(site.op.arguments)
+        if arguments.get("stride") is None:
+            arguments["stride"] = arguments["kernel_size"]
+        op = Op(
+            node=site.op.node,
+            kind=site.op.kind,
+            form=site.op.form,
+            arguments=arguments,
+            owner=site.op.owner,
+        )
+        return inner(
+            Site(op=op, epilogues=site.epilogues, quantize=site.quantize, lowering=site.lowering)
+        )
+
+    return emit
+
+
+def contiguous(x: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    """``x.contiguous`` as a function."""
+    return x.contiguous(memory_format=memory_format)
+
+
+def item(x: torch.Tensor, index: Any) -> torch.Tensor:
+    """``x[index]`` as a function."""
+    return x[index]
+
+
+def squeeze(x: torch.Tensor, dim: Any) -> torch.Tensor:
+    """``x.squeeze()`` or ``x.squeeze(dim)``."""
+    return x.squeeze() if dim is None else x.squeeze(dim)
