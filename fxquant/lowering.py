@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxquant.clamps import CLAMP_KINDS
 from fxquant.dataflow import reads_only_shape
 from fxquant.kernels import as_bytes, as_quantized
 from fxquant.metadata import record_of, update_record
@@ -213,6 +214,10 @@ class Lowering:
     ) -> None:
         """Register ``node`` as the site's int8 result."""
         assert site.quantize is not None
+        record = record_of(site.op.node)
+        moved = record.annotation is not None and record.annotation.shares
+        if not moved or site.op.name in CLAMP_KINDS:  # what only moves stays inside the range
+            node, held, root = self.within(site.quantize, node, held, root, at=site.last)
         update_record(node, stands_for=site.quantize.name)
         self.values[site.quantize] = IntValue(
             node=node,
@@ -221,6 +226,35 @@ class Lowering:
             zero_point=_buffer(site.quantize.args[2]),
             root=root or node,
         )
+
+    def within(
+        self,
+        quantize: fx.Node,
+        node: fx.Node,
+        held: Representation,
+        root: fx.Node | None,
+        *,
+        at: fx.Node,
+    ) -> tuple[fx.Node, Representation, fx.Node | None]:
+        """``node`` cut to the range of ``quantize``: kernels saturate at 0 and 255 only.
+
+        Returns:
+            The value, how it is held and what allocated it: as given where the range is 0..255.
+        """
+        low, high = quantize.args[3:5]
+        if (low, high) == (0, 255):
+            return node, held, root
+        if held is Representation.QUANTIZED:
+            node = self.call(as_bytes, (node,), at=at, like=node, dtype=torch.uint8)
+        cut = self.call(
+            torch.clamp,
+            (node, low, high),
+            at=at,
+            like=node,
+            dtype=torch.uint8,
+            kernel="aten::clamp on bytes",
+        )
+        return cut, Representation.BYTES, cut
 
     def result_float(self, site: Site, node: fx.Node) -> None:
         """Let the readers of the site's float value read ``node``."""

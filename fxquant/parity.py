@@ -54,7 +54,7 @@ APPROXIMATION: Final[Mapping[str, float]] = {
 """Kind -> how far oneDNN's approximation of the function is off, relative to its argument."""
 
 _UNIT: Final[float] = 2.0**-24
-_FINISHING: Final = ("aten::clamp on int8", "interleave on bytes")
+_FINISHING: Final = ("aten::clamp on int8", "aten::clamp on bytes", "interleave on bytes")
 _MADE_HERE: Final = (Lower.name, Prepack.name)
 
 

@@ -25,7 +25,7 @@ from fxquant.errors import SpecError
 DEFAULT_EPS: Final[float] = torch.finfo(torch.float32).eps
 
 _FLOAT_DTYPES: Final = (torch.float16, torch.bfloat16)
-_INTEGER_DTYPES: Final = (torch.uint8, torch.int8, torch.int16, torch.int32)
+_INTEGER_DTYPES: Final = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32)
 _PER_TENSOR: Final = (torch.per_tensor_affine, torch.per_tensor_symmetric)
 _PER_CHANNEL: Final = (
     torch.per_channel_affine,
@@ -122,8 +122,8 @@ class QuantSpec:
     """How one tensor is represented: everything about quantization but the numbers.
 
     Attributes:
-        dtype: storage dtype; one of uint8, int8, int16, int32, float16, bfloat16. Narrower
-            integers keep the 8-bit storage with a narrower range.
+        dtype: storage dtype; one of uint8, int8, int16, uint16, int32, float16, bfloat16.
+            Narrower integers keep the 8-bit storage with a narrower range.
         qscheme: ``torch.per_tensor_affine``, ``per_tensor_symmetric``, ``per_channel_affine``,
             ``per_channel_symmetric`` or ``per_channel_affine_float_qparams`` (a float zero point
             per row, for embeddings).
@@ -227,13 +227,13 @@ class QuantSpec:
     def symmetric_zero_point(self) -> int:
         """The zero point of a symmetric scheme: 0, or the middle for unsigned storage.
 
-        The middle of the full ``0..255`` is 128, as torch.ao has it; of a narrower unsigned
-        range it is ``(quant_min + quant_max) // 2``.
+        The middle of the full ``0..255`` is 128, as torch.ao has it (of ``0..65535``: 32768); of a
+        narrower unsigned range it is ``(quant_min + quant_max) // 2``.
         """
-        if self.dtype != torch.uint8:
+        if self.dtype.is_signed:
             return 0
-        if (self.quant_min, self.quant_max) == (0, 255):
-            return 128
+        if (self.quant_min, self.quant_max) == default_range(self.dtype):
+            return (self.quant_max + 1) // 2
         return (self.quant_min + self.quant_max) // 2
 
     def short(self) -> str:
@@ -404,7 +404,8 @@ def quantize(x: Tensor, qparams: QParams) -> Tensor:
     int8: one rounding of product and sum, a fused multiply-add) and with
     ``torch.quantize_per_channel`` and int32 (product and sum rounded one after the other), also
     for ties. ``torch.fake_quantize_*`` rounds before it adds the zero point, so its integers
-    differ by one where ``x / scale`` is within half a float32 ulp of a tie.
+    differ by one where ``x / scale`` is within half a float32 ulp of a tie. No kernel of torch
+    gives int16 or uint16: there the only rounding is the one to an integer.
 
     Args:
         x: float tensor of any shape, finite.
@@ -419,12 +420,14 @@ def quantize(x: Tensor, qparams: QParams) -> Tensor:
     inverse = _along_axis(qparams.scale, x, spec).reciprocal()
     zero_point = _along_axis(qparams.zero_point, x, spec)
     values = x.to(torch.float32)
-    if spec.is_per_channel or spec.dtype == torch.int32:
+    narrow = spec.dtype.itemsize == 1
+    if (spec.is_per_channel and narrow) or spec.dtype == torch.int32:
         rounded = torch.round(values * inverse + zero_point.to(torch.float32))
     else:
         # float64 holds the 48-bit product and the sum exactly: one rounding to float32 follows.
         exact = values.to(torch.float64).mul_(inverse.to(torch.float64))
-        rounded = exact.add_(zero_point.to(torch.float64)).to(torch.float32).round_()
+        exact.add_(zero_point.to(torch.float64))
+        rounded = (exact.to(torch.float32) if narrow else exact).round_()
     if spec.dtype == torch.int32:  # 2**31 - 1 is no float32
         rounded = rounded.to(torch.float64)
     return rounded.clamp_(spec.quant_min, spec.quant_max).to(spec.dtype)

@@ -24,7 +24,7 @@ from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
 from fxquant.patterns.aliasing import Aliasing, written_value
 from fxquant.qconfig import QConfig, spec_of
 from fxquant.specs import QuantSpec
-from fxquant.targets.table import OutputPolicy, Role, Row
+from fxquant.targets.table import OutputPolicy, Role, Row, Target
 from fxquant.targets.x86 import NO_INT8_KERNEL
 
 _OPS = ("call_module", "call_function", "call_method")
@@ -58,7 +58,7 @@ class Annotate(Pass):
                 if plan is not None:
                     plans[node] = plan
         _warn_of_dtypes(gm, context)
-        _Decision(gm, plans).decide()
+        _Decision(gm, plans, context.target).decide()
         _warn_of_narrow_ranges(gm, context)
         changes = sum(record_of(node) != record for node, record in before.items())
         return PassResult(changes=changes)
@@ -331,8 +331,9 @@ def _short(dtype: torch.dtype) -> str:
 class _Decision:
     """Which planned ops are quantized in the end, and whether their outputs are."""
 
-    def __init__(self, gm: QuantGraphModule, plans: dict[fx.Node, _Plan]) -> None:
+    def __init__(self, gm: QuantGraphModule, plans: dict[fx.Node, _Plan], target: Target) -> None:
         self.gm = gm
+        self.target = target
         self.plans = plans
         self.nodes = {node.name: node for node in gm.graph.nodes}
         self.groups: dict[int, list[fx.Node]] = {}
@@ -439,6 +440,15 @@ class _Decision:
             (found for source in sources if (found := self._output_spec(source)) is not None),
             plan.activation,
         )
+        given = [found for source in sources if (found := self._output_spec(source)) is not None]
+        other = next((found for found in given if not self._same(found, given[0])), None)
+        if other is not None:
+            add_reason(
+                node,
+                f"its inputs are quantized differently ({given[0].short()}, {other.short()}), and"
+                " its output cannot keep both; give what comes in one qconfig",
+            )
+            return None
         if spec is None:
             add_reason(
                 node,
@@ -448,6 +458,11 @@ class _Decision:
             return None
         specs = tuple(spec for _ in sources)
         return Annotation(inputs=specs, output=spec, shares=True)
+
+    def _same(self, left: QuantSpec, right: QuantSpec) -> bool:
+        """Whether both mean the same integers."""
+        ends = self.target.saturation
+        return left.dtype is right.dtype and ends(left) == ends(right)
 
     def _gives_integers(self, value: fx.Node) -> bool:
         return self._output_spec(value) is not None

@@ -15,6 +15,7 @@ from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
 from fxquant.qconfig import QConfig
 from fxquant.rewriter import GraphRewriter
 from fxquant.specs import QuantSpec
+from fxquant.targets.table import Target
 
 OBSERVER_PREFIX = "activation_post_process_"
 
@@ -25,7 +26,8 @@ class InsertObservers(Pass):
 
     The output of a quantized op is observed by its own qconfig and read by all; another value is
     observed for those of its readers that want integers, once per spec. Values that an op merely
-    moves (pooling, reshape, cat, ...) have the range of their sources and need no observer.
+    moves (pooling, reshape, cat, ...) have the range of their sources and need no observer. Readers
+    whose integers are others (int16 behind int8, 4 bits behind 8) observe again what they read.
     """
 
     name: ClassVar[str] = "insert-observers"
@@ -37,9 +39,10 @@ class InsertObservers(Pass):
         if gm.state.stage is Stage.PREPARED:
             return PassResult(changes=0)
         rewriter = GraphRewriter(gm, self.name)
-        requests = _requests(gm)
+        requests = _requests(gm, context.target)
         number = 0
         for value in list(gm.graph.nodes):
+            given = value  # what readers get: the value, or its quantized form
             for request in requests.get(value, []):
                 path = f"{OBSERVER_PREFIX}{number}"
                 number += 1
@@ -48,14 +51,16 @@ class InsertObservers(Pass):
                 gm.add_module(path, _on_device(observer, gm))
                 node = rewriter.module_call(
                     path,
-                    (value,),
-                    after=value,
+                    (given if request.again else value,),
+                    after=given if request.again else value,
                     like=value,
-                    share_group=_group(value),
+                    share_group=None if request.again else _group(value),
                     qconfig=request.qconfig,
                 )
                 for reader in request.readers:
-                    rewriter.replace_argument(reader, value, node)
+                    rewriter.replace_argument(reader, given if request.again else value, node)
+                if request.own:
+                    given = node
         gm.update_state(stage=Stage.PREPARED)
         rewriter.changes += 1
         return PassResult(changes=rewriter.finish())
@@ -63,14 +68,21 @@ class InsertObservers(Pass):
 
 @dataclass(kw_only=True)
 class _Request:
-    """An observer to insert: what it looks for, by whose qconfig, and who reads it."""
+    """An observer to insert: what it looks for, by whose qconfig, and who reads it.
+
+    Attributes:
+        own: by the op that gives the value, for all readers.
+        again: for readers that want other integers than the value has.
+    """
 
     spec: QuantSpec
     qconfig: QConfig
     readers: list[fx.Node]
+    own: bool = False
+    again: bool = False
 
 
-def _requests(gm: QuantGraphModule) -> dict[fx.Node, list[_Request]]:
+def _requests(gm: QuantGraphModule, target: Target) -> dict[fx.Node, list[_Request]]:
     requests: dict[fx.Node, list[_Request]] = {}
     for node in gm.graph.nodes:
         record = record_of(node)
@@ -78,20 +90,36 @@ def _requests(gm: QuantGraphModule) -> dict[fx.Node, list[_Request]]:
         if annotation is None or record.qconfig is None:
             continue
         for source, spec in external_inputs(gm, node):
-            if _output_spec(source) is not None:
+            produced = _output_spec(source)
+            if produced is not None and _holds(target, spec, produced):
                 continue  # its producer decides
+            again = produced is not None
             found = requests.setdefault(source, [])
-            request = next((r for r in found if r.spec == spec), None)
+            request = next((r for r in found if r.spec == spec and r.again == again), None)
             if request is None:
-                found.append(_Request(spec=spec, qconfig=record.qconfig, readers=[node]))
+                found.append(
+                    _Request(spec=spec, qconfig=record.qconfig, readers=[node], again=again)
+                )
             elif node not in request.readers:
                 request.readers.append(node)
         ends = record.fusion is None or record.fusion.last == node.name
         if ends and annotation.output is not None and not annotation.shares:
             requests.setdefault(node, []).append(
-                _Request(spec=annotation.output, qconfig=record.qconfig, readers=list(node.users))
+                _Request(
+                    spec=annotation.output,
+                    qconfig=record.qconfig,
+                    readers=list(node.users),
+                    own=True,
+                )
             )
     return requests
+
+
+def _holds(target: Target, wanted: QuantSpec, produced: QuantSpec) -> bool:
+    """Whether a reader of ``wanted`` can take the integers that are there."""
+    low, high = target.saturation(wanted)
+    least, most = target.saturation(produced)
+    return wanted.dtype is produced.dtype and low <= least and most <= high
 
 
 def external_inputs(gm: QuantGraphModule, node: fx.Node) -> list[tuple[fx.Node, QuantSpec]]:

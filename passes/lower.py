@@ -147,10 +147,11 @@ def _quantize_float(lowering: Lowering, node: fx.Node) -> None:
         like=node,
         kernel="aten::quantize_per_tensor",
     )
+    made, held, _ = lowering.within(node, made, Representation.QUANTIZED, None, at=node)
     update_record(made, stands_for=node.name)
     lowering.values[node] = IntValue(
         node=made,
-        representation=Representation.QUANTIZED,
+        representation=held,
         scale=scale_name,
         zero_point=zero_name,
         root=made,

@@ -29,7 +29,7 @@ from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
 from fxquant.passes.insert_observers import OBSERVER_PREFIX
 from fxquant.qconfig import QConfig
 from fxquant.rewriter import GraphRewriter
-from fxquant.specs import QParams, QuantSpec, default_range, quantize
+from fxquant.specs import QParams, QuantSpec, quantize
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ class ToReference(Pass):
     the union, whatever the order of the branches. A weight that several calls read is quantized
     once. Biases stay in floating point, as in PyTorch's kernels.
 
-    A range narrower than its storage (``0..127`` in uint8) decides the scale only: every kernel,
-    and ONNX's QuantizeLinear, saturates at the ends of the storage, so quantize does here.
+    Quantize saturates at the ends of the spec's range. A halved range (``0..127`` in uint8) decides
+    the scale only where the target has kernels: they, and ONNX's QuantizeLinear, saturate at the
+    ends of the storage (:meth:`fxquant.targets.table.Target.saturation`).
     """
 
     name: ClassVar[str] = "to-reference"
@@ -150,7 +151,7 @@ class _Parameters:
         self._warn_of_tiny_range(node, qparams)
         scale = self.rewriter.new_buffer(f"{source.name}_scale", qparams.scale.clone())
         zero = self.rewriter.new_buffer(f"{source.name}_zero_point", qparams.zero_point.clone())
-        low, high = default_range(qparams.spec.dtype)
+        low, high = self.context.target.saturation(qparams.spec)
         return scale, zero, replace(qparams.spec, quant_min=low, quant_max=high)
 
 

@@ -33,7 +33,8 @@ def markdown() -> str:
         " functions that run as part of the op: for nothing (*saturation*: the output range"
         " expresses the clamp),"
         " inside the kernel (*kernel*), or on the kernel's float result (*float*). Target"
-        " `reference` has the same specs and runs float ops between quantize and dequantize.\n\n"
+        " `reference` has the same ops, takes integers of any width, and runs float ops between"
+        " quantize and dequantize.\n\n"
         f"{tables}\n"
     )
 

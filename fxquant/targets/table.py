@@ -12,6 +12,7 @@ from enum import Enum
 import torch
 
 from fxquant.op_view import Op
+from fxquant.specs import QuantSpec, default_range
 
 
 class Role(Enum):
@@ -101,6 +102,18 @@ class Target:
     name: str
     rows: Mapping[str, Row]
     executes: bool = True
+
+    def saturation(self, spec: QuantSpec) -> tuple[int, int]:
+        """The integers at which a value of ``spec`` saturates: those of its range.
+
+        Half the levels of the storage (``reduce_range``: ``0..127``) are no bit width but a guard
+        of accumulators: kernels saturate at the ends of the storage, and the range decides the
+        scale only.
+        """
+        low, high = default_range(spec.dtype)
+        if self.executes and 2 * spec.levels == high - low + 1:
+            return low, high
+        return spec.quant_min, spec.quant_max
 
     def row(self, kind: str) -> Row | None:
         """The row of a kind, or ``None``."""
