@@ -27,6 +27,7 @@
 
     FxQuantWarning (UserWarning)
     |-- ConfigWarning                             a rule matched nothing, or cannot be honoured
+    |-- LegacyFormWarning (FutureWarning)         a dict where torch.ao has a class by now
     |-- CaptureWarning                            example inputs failed, a shape was specialised
     |-- CalibrationWarning                        statistics are missing
     `-- LoweringWarning                           an op stays in FP32, or a target is not native
@@ -135,6 +136,10 @@ class FxQuantWarning(UserWarning):
 
 class ConfigWarning(FxQuantWarning):
     """A rule matched nothing, or asks for what the target cannot do."""
+
+
+class LegacyFormWarning(FxQuantWarning, FutureWarning):
+    """A dict was passed to ``fxquant.compat`` where torch.ao has a class for it by now."""
 
 
 class CaptureWarning(FxQuantWarning):
