@@ -40,9 +40,9 @@ from fxquant.models_zoo.torchvision_models import (
     is_segmentation,
     logit_rows,
     output_of,
+    realistic_biased_layers,
     realistic_bn_statistics,
     realistic_layer_scales,
-    seeded_images,
     side_of,
 )
 
@@ -159,6 +159,7 @@ def load(
     data_dir: DataDir = None,
     weights: str | None = None,
     side: int | None = None,
+    photos: bool = False,
 ) -> ZooEntry:
     """Load a model of the zoo with its data.
 
@@ -168,17 +169,20 @@ def load(
         weights: for torchvision only: None for seeded random weights with realistic batch-norm
             statistics, or the name of trained weights such as ``"DEFAULT"``, which torchvision
             downloads.
-        side: for torchvision with seeded pictures only: their height and width in pixels; None is
-            224, or what the model was made for.
+        side: for torchvision with seeded weights only: height and width of the pictures in pixels;
+            None is 224, or what the model was made for.
+        photos: for torchvision with seeded weights only: the pictures, and those behind the
+            batch-norm statistics, are the ImageNet sample of the data folder instead of seeded
+            ones.
 
     Raises:
-        ConfigError: there is no such model, or ``weights`` or ``side`` is given for one that has
-            weights and images of its own.
+        ConfigError: there is no such model, or ``weights``, ``side`` or ``photos`` is given for one
+            that has weights and images of its own.
         DataNotFoundError: the model's weights or images are not in the data folder.
         MissingDependencyError: an optional dependency of the model is not installed.
     """
     if name.startswith(TORCHVISION_PREFIX):
-        return _torchvision(name, data_dir, weights, side)
+        return _torchvision(name, data_dir, weights, side, photos)
     if name not in _BUILDERS:
         raise ConfigError(
             f"there is no zoo model {name!r}{did_you_mean(name, _BUILDERS)}; known are "
@@ -189,10 +193,10 @@ def load(
             f"weights={weights!r} was given for {name!r}, which has weights of its own; "
             f"weights= is for {TORCHVISION_PREFIX}<model> only"
         )
-    if side is not None:
+    if side is not None or photos:
         raise ConfigError(
-            f"side={side} was given for {name!r}, whose images have their size; side= is for"
-            f" {TORCHVISION_PREFIX}<model> only"
+            f"side={side} and photos={photos} were given for {name!r}, which has images of its own"
+            f" size; they are for {TORCHVISION_PREFIX}<model> only"
         )
     return _BUILDERS[name](data_dir)
 
@@ -277,37 +281,50 @@ def _squeezenet1_1(data_dir: DataDir) -> ZooEntry:
     )
 
 
-def _torchvision(name: str, data_dir: DataDir, weights: str | None, side: int | None) -> ZooEntry:
+def _torchvision(
+    name: str, data_dir: DataDir, weights: str | None, side: int | None, photos: bool
+) -> ZooEntry:
     short = name.removeprefix(TORCHVISION_PREFIX)
     model = build(short, weights)
     segmentation = is_segmentation(short)
-    synthetic = weights is None or segmentation  # the images at hand have no labelled pixels
+    labelled = weights is not None and not segmentation  # the images have no labelled pixels
     images: ImageSource
-    if synthetic:
-        side = side_of(short) if side is None else side
-        if weights is None:
-            realistic_layer_scales(model)
-            pictures = seeded_images(16, seed=2, side=side)
-            realistic_bn_statistics(model, [data.normalized(pictures)])
-        images = SyntheticSource(
-            model=model, preprocess=data.normalized, side=side, output=output_of(short)
+    if labelled and (side is not None or photos):
+        raise ConfigError(
+            f"side={side} and photos={photos} were given, but {name!r} with weights reads labelled"
+            " photographs"
         )
-    elif side is not None:
-        raise ConfigError(f"side={side} was given, but {name!r} with weights reads photographs")
-    else:
+    if labelled:
         images = ImageNetSource(find_data_dir(data_dir))
+    else:
+        images = SyntheticSource(
+            model=model,
+            preprocess=data.normalized,
+            side=side_of(short) if side is None else side,
+            output=output_of(short),
+            photos=find_data_dir(data_dir) if photos else None,
+        )
+        if weights is None:
+            _make_realistic(model, [data.normalized(images.statistics_images())])
     trained = "seeded random weights" if weights is None else f"weights {weights!r}"
     return _with_example(
         name=name,
         description=f"torchvision, {trained}"
-        + ("; labels are its own FP32 classes" if synthetic else ""),
+        + ("" if labelled else "; labels are its own FP32 classes"),
         model=model,
-        reference_metric=100.0 if synthetic else None,
+        reference_metric=None if labelled else 100.0,
         images=images,
         preprocess=data.normalized,
         output=output_of(short),
         batch_size=10 if segmentation else 50,
     )
+
+
+def _make_realistic(model: nn.Module, inputs: Sequence[Tensor]) -> None:
+    """Give a fresh model, in place, the scales and statistics that training would leave."""
+    realistic_layer_scales(model)
+    with realistic_biased_layers(model):
+        realistic_bn_statistics(model, inputs)
 
 
 def _with_example(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxquant.errors import ConfigError, did_you_mean
-from fxquant.models_zoo.data import Preprocess, batch_slices
+from fxquant.models_zoo.data import ImageNetSource, Preprocess, batch_slices
 from fxquant.models_zoo.torchvision_import import import_torchvision
 
 _WEIGHT_SEED = 0
 _SIDE = 224
 _SEGMENTATION_SIDE = 128  # their backbones are dilated: every pixel costs as 16 elsewhere
+_STATISTICS_COUNT = 32
 _SIDES: Mapping[str, int] = {"inception_v3": 299}
 # Said, since leaving it out makes torchvision warn that it will be said some day.
 _OPTIONS: Mapping[str, Mapping[str, Any]] = {
@@ -121,6 +124,44 @@ def realistic_bn_statistics(model: nn.Module, inputs: Iterable[Tensor]) -> None:
             norm.training, norm.momentum = training, momentum
 
 
+@contextmanager
+def realistic_biased_layers(model: nn.Module) -> Iterator[None]:
+    """Rescale every convolution and linear that has a bias, in place, at its first call inside.
+
+    ``Wx + b -> (Wx + b - m) / s`` with ``m`` the mean of each output channel and ``s`` the standard
+    deviation of the layer's outputs without those means: what a batch-norm does where one follows.
+    A fresh network without batch-norms shrinks its signal from layer to layer until biases drown
+    it, and one with them ends in logits that are nearly the same for every picture: then noise is
+    measured against a constant.
+
+    Source: Krähenbühl et al. 2016, "Data-dependent Initializations of Convolutional Neural
+    Networks", section 3.1.
+    """
+    done: set[int] = set()
+
+    def rescale(layer: nn.Module, _: Any, output: Tensor) -> Tensor | None:
+        weight, bias = layer.weight, layer.bias
+        if id(layer) in done or not isinstance(weight, Tensor) or not isinstance(bias, Tensor):
+            return None
+        done.add(id(layer))
+        channels = output.movedim(1 if output.dim() == 4 and weight.dim() == 4 else -1, 0)
+        mean = channels.flatten(1).mean(1)
+        spread = (channels.flatten(1) - mean[:, None]).std().clamp_min(1e-6)
+        with torch.no_grad():
+            weight.div_(spread)
+            bias.sub_(mean).div_(spread)
+        shape = (-1, 1, 1) if weight.dim() == 4 else (-1,)
+        return (output - mean.reshape(shape)) / spread
+
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    handles = [layer.register_forward_hook(rescale) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def realistic_layer_scales(model: nn.Module) -> None:
     """Set the layer scales of ConvNeXt and its like to seeded values between 0.1 and 1, in place.
 
@@ -155,7 +196,7 @@ def seeded_images(count: int, *, seed: int, side: int = _SIDE) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticSource:
-    """Seeded pictures, labelled with the classes that the FP32 model gives them.
+    """Pictures, labelled with the classes that the FP32 model gives them.
 
     Top-1 on them is the agreement with the FP32 model, and 100 % for that model itself.
 
@@ -166,6 +207,8 @@ class SyntheticSource:
         output: key of the output that counts; empty where the model returns a tensor.
         calibration_count: pictures to calibrate on.
         evaluation_count: other pictures to judge by.
+        photos: data folder whose ImageNet sample the pictures are, resized; ``None`` is for seeded
+            ones.
     """
 
     model: nn.Module
@@ -174,14 +217,21 @@ class SyntheticSource:
     output: str = ""
     calibration_count: int = 50
     evaluation_count: int = 100
+    photos: Path | None = None
 
     def calibration_images(self, limit: int | None = None) -> Tensor:
-        """Pictures from a seed of their own."""
-        return seeded_images(self.calibration_count, seed=0, side=self.side)[:limit]
+        """Seeded pictures, or the first photographs of ``calib``."""
+        if self.photos is None:
+            return seeded_images(self.calibration_count, seed=0, side=self.side)[:limit]
+        count = self.calibration_count if limit is None else min(limit, self.calibration_count)
+        return photographs(self.photos, "calib", count, self.side)
 
     def evaluation_images(self) -> tuple[Tensor, Tensor]:
-        """Pictures from another seed, and the FP32 model's classes, of pixels for segmentation."""
-        images = seeded_images(self.evaluation_count, seed=1, side=self.side)
+        """Other pictures, and the FP32 model's classes, of pixels for segmentation."""
+        if self.photos is None:
+            images = seeded_images(self.evaluation_count, seed=1, side=self.side)
+        else:
+            images = photographs(self.photos, "test_a", self.evaluation_count, self.side)
         with torch.no_grad():
             labels = [
                 self._classes(self.model(self.preprocess(images[part])))
@@ -189,6 +239,39 @@ class SyntheticSource:
             ]
         return images, torch.cat(labels)
 
+    def statistics_images(self) -> Tensor:
+        """Pictures whose statistics the batch-norms of a seeded network hold.
+
+        Photographs are those of the calibration, as a trained network has seen their like.
+        """
+        if self.photos is None:
+            return seeded_images(_STATISTICS_COUNT, seed=2, side=self.side)
+        return photographs(self.photos, "calib", _STATISTICS_COUNT, self.side)
+
     def _classes(self, output: Any) -> Tensor:
         logits: Tensor = output[self.output] if self.output else output
         return logits.argmax(dim=1)
+
+
+def photographs(data_dir: Path, part: str, count: int, side: int) -> Tensor:
+    """The first pictures of the ImageNet sample, resized.
+
+    Args:
+        data_dir: the data folder.
+        part: ``calib`` or ``test_a``.
+        count: how many.
+        side: height and width wanted.
+
+    Returns:
+        uint8 ``(count, 3, side, side)``.
+
+    Raises:
+        DataNotFoundError: the sample is not there.
+    """
+    images, _ = ImageNetSource(data_dir).read(part, count)
+    if images.shape[-1] == side:
+        return images
+    resized = F.interpolate(
+        images.float(), size=(side, side), mode="bilinear", align_corners=False, antialias=True
+    )
+    return resized.round().clamp(0, 255).to(torch.uint8)

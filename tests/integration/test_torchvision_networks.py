@@ -27,10 +27,10 @@ pytestmark = pytest.mark.skipif(
 
 # network -> side of the pictures, and the SQNR in dB that is held there
 QUICK = {
-    "resnet18": (64, 23.0),
-    "mobilenet_v3_small": (64, 12.0),
-    "shufflenet_v2_x1_0": (64, 6.5),
-    "squeezenet1_1": (64, 36.0),
+    "resnet18": (64, 17.0),
+    "mobilenet_v3_small": (64, 5.0),
+    "shufflenet_v2_x1_0": (64, 3.0),
+    "squeezenet1_1": (64, 13.5),
 }
 SLOW = [name for name in NETWORKS if name not in QUICK]
 
@@ -113,7 +113,7 @@ def test_a_network_that_transforms_its_input() -> None:
     report = audit(model, entry.example_inputs)
     assert report.mac_coverage == 1.0
     assert report.confirmed, str(report)
-    assert logit_sqnr(entry, model) > 15
+    assert logit_sqnr(entry, model) > 12
 
 
 def test_auxiliary_heads_are_left_out_in_evaluation() -> None:

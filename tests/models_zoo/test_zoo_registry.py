@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import ConfigError, DataNotFoundError
+from fxquant.models_zoo import data
+from fxquant.models_zoo.data import ImageNetSource
 from fxquant.models_zoo.evaluation import compare, logit_sqnr
 from fxquant.models_zoo.mobilenet_v2_folded import dequantized_state
 from fxquant.models_zoo.registry import load, names
@@ -18,6 +20,8 @@ from fxquant.models_zoo.torchvision_import import import_torchvision
 from fxquant.models_zoo.torchvision_models import (
     SyntheticSource,
     build,
+    photographs,
+    realistic_biased_layers,
     realistic_bn_statistics,
     realistic_layer_scales,
     seeded_images,
@@ -182,8 +186,59 @@ def test_each_network_has_its_own_resolution() -> None:
 
 
 def test_a_side_is_for_seeded_pictures_only() -> None:
-    with pytest.raises(ConfigError, match="whose images have their size"):
+    with pytest.raises(ConfigError, match="which has images of its own size"):
         load("digits", side=32)
+    with pytest.raises(ConfigError, match="photos=True were given for 'digits'"):
+        load("digits", photos=True)
+
+
+@needs_torchvision
+def test_photographs_stand_in_for_seeded_pictures(data_dir: Path) -> None:
+    entry = load("torchvision/resnet18", data_dir=data_dir, side=64, photos=True)
+    shown = data.normalized(photographs(data_dir, "calib", 1, 64))
+    assert torch.equal(entry.example_inputs[0], shown)
+    assert isinstance(entry.images, SyntheticSource)
+    few = replace(entry, images=replace(entry.images, calibration_count=3, evaluation_count=40))
+    assert len(torch.cat(few.calibration)) == 3
+    inputs, labels = few.evaluation[0]
+    assert torch.equal(inputs, data.normalized(photographs(data_dir, "test_a", 40, 64)))
+    assert labels.unique().numel() >= 20  # the statistics fit the photographs
+    source = ImageNetSource(data_dir).read("test_a", 1)[0].float()
+    blocks = source[..., :224, :224].unflatten(-1, (7, 32)).unflatten(-3, (7, 32)).mean((-1, -3))
+    small = photographs(data_dir, "test_a", 1, 7).float()
+    assert (small - blocks).abs().mean() < 12  # the same picture, filtered a little wider
+
+
+@needs_torchvision
+@pytest.mark.parametrize("name", ["resnet18", "alexnet", "mobilenet_v3_small"])
+def test_seeded_logits_differ_from_picture_to_picture(name: str) -> None:
+    """Noise would else be measured against a constant that every picture has in its logits."""
+    entry = load(f"torchvision/{name}", side=64)
+    assert isinstance(entry.images, SyntheticSource)
+    few = replace(entry, images=replace(entry.images, evaluation_count=40))
+    logits = few.fp32_logits
+    constant = logits.mean(0).square().sum() / logits.square().sum(1).mean()
+    assert constant < 0.4
+
+
+def test_biased_layers_give_standardized_outputs() -> None:
+    torch.manual_seed(0)
+    convolution, linear = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+    nn.init.constant_(convolution.bias, 7.0)
+    bare = nn.Conv2d(8, 8, 1, bias=False)
+    model = nn.Sequential(convolution, bare, nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
+    kept = bare.weight.detach().clone()
+    x = torch.randn(16, 3, 8, 8)
+    with realistic_biased_layers(model), torch.no_grad():
+        inside = model(x)
+    with torch.no_grad():
+        first = convolution(x)
+        torch.testing.assert_close(model(x), inside, rtol=1e-4, atol=1e-5)
+        assert torch.equal(bare.weight, kept)
+    torch.testing.assert_close(first.mean((0, 2, 3)), torch.zeros(8), rtol=0, atol=1e-5)
+    torch.testing.assert_close(inside.mean(0), torch.zeros(5), rtol=0, atol=1e-5)
+    assert float(first.std()) == pytest.approx(1, abs=1e-3)
+    assert float(inside.std()) == pytest.approx(1, abs=1e-3)
 
 
 def test_layer_scales_let_their_blocks_work() -> None:
