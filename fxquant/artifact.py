@@ -258,7 +258,7 @@ def _function_is_safe(node: EncodedNode) -> bool:
     if function is getattr:
         return len(node.args) > 1 and node.args[1] in _ATTRIBUTES
     if name.startswith("fxquant."):
-        return name.split(".")[1] in ("kernels", "shape_guards", "targets")
+        return name.split(".")[1] in ("kernels", "recurrent", "shape_guards", "targets")
     return (
         function in _BUILTINS
         or function in KIND_BY_FUNCTION

@@ -64,7 +64,9 @@ def _float_tensor(gm: fx.GraphModule, node: fx.Node) -> bool | None:
 def _must_be_float(gm: fx.GraphModule, value: fx.Node, user: fx.Node) -> bool:
     """Whether ``user`` reads ``value`` where only a float tensor can stand."""
     kind = kind_of(gm, user)
-    return kind is not None and _first_activation(kind, user) is value and bool(kind.constants)
+    if kind is None or not kind.constants or not kind.activations:
+        return False
+    return _first_activation(kind, user) is value
 
 
 def _first_activation(kind: OpKind, node: fx.Node) -> object:
@@ -74,6 +76,26 @@ def _first_activation(kind: OpKind, node: fx.Node) -> object:
 def has_float_input(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a floating-point activation enters ``node``."""
     return any(
-        argument.op != "get_attr" and is_float_tensor(gm, argument)
+        argument.op != "get_attr" and (is_float_tensor(gm, argument) or _is_packed(argument))
         for argument in node.all_input_nodes
     )
+
+
+def _is_packed(node: fx.Node) -> bool:
+    """Whether ``node`` gives a packed sequence of floats: data, batch sizes, and two orders."""
+    value = record_of(node).value
+    if not isinstance(value, tuple) or len(value) != 4:
+        return False
+    data, sizes = value[:2]
+    return (
+        isinstance(data, TensorRecord)
+        and data.dtype.is_floating_point
+        and isinstance(sizes, TensorRecord)
+        and not sizes.dtype.is_floating_point
+    )
+
+
+def looks_up(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether ``node`` reads rows of a float table by integers, as an embedding does."""
+    kind = kind_of(gm, node)
+    return kind is not None and not kind.activations

@@ -17,6 +17,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "conv_transpose2d": F.conv_transpose2d,
     "conv_transpose3d": F.conv_transpose3d,
     "linear": F.linear,
+    "embedding": F.embedding,
+    "embedding_bag": F.embedding_bag,
 }
 """Kind -> function with the parameters of the kind's signature."""
 
@@ -26,7 +28,7 @@ def functional_call(op: Op, **given: Any) -> tuple[Callable[..., Any], tuple[Any
 
     Args:
         op: an op of one of :data:`FUNCTIONS`.
-        given: parameter name -> argument (``weight``, ``bias``, ``input``).
+        given: parameter name -> argument (``weight``, ``bias``).
     """
     arguments = {**op.arguments, **given}
     return FUNCTIONS[op.name], tuple(arguments[name] for name, _ in op.kind.signature)

@@ -13,6 +13,7 @@ import torch
 
 from fxquant.engines import available, consume_deprecation_warning, engine
 from fxquant.errors import LoweringError
+from fxquant.specs import QuantSpec
 
 _PREFERRED: dict[str, tuple[str, ...]] = {
     "conv": ("onednn", "fbgemm"),
@@ -34,13 +35,26 @@ def exact_engine(form: str) -> str:
     Raises:
         LoweringError: this build of torch has neither engine.
     """
-    candidates = [name for name in _PREFERRED[form] if available(name)]
+    candidates = engines_for(form)
+    return next((name for name in candidates if is_exact(form, name)), candidates[0])
+
+
+def engines_for(form: str) -> tuple[str, ...]:
+    """The engines of this build of torch that run ``form`` on x86, fastest first.
+
+    Args:
+        form: ``conv``, ``grouped``, ``depthwise`` or ``linear``.
+
+    Raises:
+        LoweringError: there is none.
+    """
+    candidates = tuple(name for name in _PREFERRED[form] if available(name))
     if not candidates:
         raise LoweringError(
             f"this build of torch has none of the engines {_PREFERRED[form]} that run {form} in"
             f" int8 (it has {torch.backends.quantized.supported_engines}); use target='reference'"
         )
-    return next((name for name in candidates if is_exact(form, name)), candidates[0])
+    return candidates
 
 
 @functools.cache
@@ -73,3 +87,14 @@ def is_exact(form: str, engine_name: str) -> bool:
             )
             result = torch.ops.quantized.conv2d.new(x, packed, scale, 0)[:, :, 1:-1, 1:-1]
     return bool((result.int_repr() == 200).all())
+
+
+def dynamic_quant_max(spec: QuantSpec) -> int:
+    """The largest integer for activations that the linear kernels quantize at run time.
+
+    Where they saturate on this CPU (no VNNI), half of the range, which with weights within
+    ``-127..127`` cannot overflow; else that of ``spec``.
+    """
+    if is_exact("linear", exact_engine("linear")):
+        return spec.quant_max
+    return min(spec.quant_max, 127)

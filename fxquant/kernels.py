@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -76,3 +78,40 @@ def in_format_of(y: Tensor, x: Tensor | None) -> Tensor:
     if x is not None and not x.is_contiguous():
         return y
     return y.contiguous()
+
+
+def embedding(packed: Any, indices: Tensor, bits: int, features: int) -> Tensor:
+    """Rows of a packed table, for indices of any shape (the kernel takes one or two axes).
+
+    4-bit rows are packed with an even number of features.
+    """
+    operators = torch.ops.quantized
+    kernel = operators.embedding_4bit if bits == 4 else operators.embedding_byte
+    rows: Tensor = kernel(packed, indices.reshape(-1))
+    return rows[:, :features].reshape(*indices.shape, features)
+
+
+def embedding_bag(
+    packed: Any,
+    indices: Tensor,
+    offsets: Tensor | None,
+    weights: Tensor | None,
+    include_last_offset: bool,
+    mode: str,
+    bits: int,
+    features: int,
+) -> Tensor:
+    """Sums (or means) of rows of a packed table; the kernel itself gives sums in every mode."""
+    operators = torch.ops.quantized
+    kernel = operators.embedding_bag_4bit if bits == 4 else operators.embedding_bag_byte
+    sums: Tensor = kernel(
+        packed, indices, offsets, False, 0, False, weights, None, include_last_offset
+    )
+    sums = sums[:, :features]
+    if mode == "sum":
+        return sums
+    if offsets is None:
+        return sums / max(indices.shape[1], 1)
+    end = offsets.new_tensor([len(indices)])
+    ends = offsets if include_last_offset else torch.cat([offsets, end])
+    return sums / ends.diff().clamp(min=1).unsqueeze(1)

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import fx
 
-from fxquant.dataflow import has_float_input, is_float_tensor
+from fxquant.dataflow import has_float_input, is_float_tensor, looks_up
 from fxquant.graph_module import OpEntry, QuantGraphModule
-from fxquant.metadata import record_of, shape_of, tensor_records
+from fxquant.metadata import TensorRecord, record_of, shape_of, tensor_records
 from fxquant.op_catalog import COMPUTE_KINDS
 from fxquant.op_view import Op, kind_of, op_of, type_name
 
@@ -44,7 +44,7 @@ def build_ledger(gm: QuantGraphModule) -> tuple[OpEntry, ...]:
         if node.op not in ("call_module", "call_function", "call_method"):
             continue
         float_input = has_float_input(gm, node)
-        if not float_input or not _gives_tensors(gm, node):
+        if not (float_input or looks_up(gm, node)) or not _gives_tensors(gm, node):
             continue
         kind = kind_of(gm, node)
         path = str(node.target) if node.op == "call_module" else record_of(node).scope
@@ -68,14 +68,14 @@ def macs_of(gm: fx.GraphModule, node: fx.Node) -> int | None:
     Convolution: output elements x input channels per group x kernel elements; transposed: input
     elements x output channels per group x kernel elements; linear and matrix products: output
     elements x inner size; recurrent modules: time steps x batch x weight elements; element-wise
-    and moving ops: 0.
+    and moving ops and look-ups: 0.
 
     Returns:
         ``None`` where the shapes are unknown, or what the op multiplies.
     """
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
-        if isinstance(module, torch.nn.RNNBase):
+        if isinstance(module, (torch.nn.RNNBase, torch.nn.RNNCellBase)):
             return _recurrent_macs(module, node)
     op = op_of(gm, node)
     if op is None:
@@ -121,11 +121,14 @@ def _weight_shape(op: Op) -> tuple[int, ...] | None:
     return shape_of(node) if isinstance(node, fx.Node) else None
 
 
-def _recurrent_macs(module: torch.nn.RNNBase, node: fx.Node) -> int | None:
+def _recurrent_macs(module: torch.nn.Module, node: fx.Node) -> int | None:
     source = node.args[0] if node.args else None
-    shape = shape_of(source) if isinstance(source, fx.Node) else None
-    if shape is None:
+    value = record_of(source).value if isinstance(source, fx.Node) else None
+    if isinstance(value, tuple) and value:  # a packed sequence
+        value = value[0]
+    if not isinstance(value, TensorRecord):
         return None
+    shape = value.shape
     weights = sum(p.numel() for n, p in module.named_parameters() if n.startswith("weight"))
     return math.prod(shape[:-1]) * weights
 

@@ -25,6 +25,11 @@ def was_observed(observer: nn.Module) -> bool:
     return low.numel() > 0 and bool(torch.isfinite(low).all())
 
 
+def is_ready(observer: nn.Module) -> bool:
+    """Whether an observer has seen data, or needs none because parameters come at run time."""
+    return was_observed(observer) or spec_of_observer(observer).is_dynamic
+
+
 def qparams_of(observer: nn.Module, spec: QuantSpec) -> QParams:
     """Scale and zero point of an observer, ours or torch.ao's; 1 and 0 if it saw nothing."""
     if not was_observed(observer):
@@ -41,6 +46,18 @@ def qparams_of(observer: nn.Module, spec: QuantSpec) -> QParams:
         zero_point.detach().to(torch.int32).reshape(shape),
         spec,
     )
+
+
+def in_half_precision(qparams: QParams) -> QParams:
+    """Parameters of a 4-bit table whose scale and offset are float16, as its kernel keeps them.
+
+    The kernel computes ``scale * q + offset`` with ``offset = -zero_point * scale``; both are
+    rounded here, so that the integers are chosen for the values that the kernel will give.
+    """
+    smallest = torch.finfo(torch.float16).tiny
+    scale = qparams.scale.to(torch.float16).to(torch.float32).clamp(min=smallest)
+    offset = (-qparams.zero_point * qparams.scale).to(torch.float16).to(torch.float32)
+    return QParams(scale, -offset / scale, qparams.spec)
 
 
 def spec_of_observer(observer: nn.Module) -> QuantSpec:

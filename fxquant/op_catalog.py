@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxquant import kernels
+from fxquant import kernels, recurrent
 
 REQUIRED = object()
 """Marks a parameter of a signature that has no default."""
@@ -38,6 +38,7 @@ class OpKind:
         inplace: functions and methods that also write their first argument.
         variadic: the method form takes the last parameter as separate arguments too
             (``x.view(2, -1)``).
+        definition: the function only defines the kind, slowly: reference graphs alone call it.
     """
 
     name: str
@@ -50,6 +51,7 @@ class OpKind:
     named: tuple[str, ...] = ()
     inplace: tuple[object, ...] = ()
     variadic: bool = False
+    definition: bool = False
 
 
 def _signature(text: str, **defaults: object) -> tuple[tuple[str, object], ...]:
@@ -209,6 +211,95 @@ KINDS: tuple[OpKind, ...] = (
         "matmul", (torch.matmul, operator.matmul, torch.mm), ("matmul", "mm", "__matmul__")
     ),
     _arithmetic("bmm", (torch.bmm,), ("bmm",)),
+    # -- tables and recurrent networks ------------------------------------------------------------
+    OpKind(
+        name="embedding",
+        signature=_signature(
+            "input weight padding_idx max_norm norm_type scale_grad_by_freq sparse",
+            padding_idx=None,
+            max_norm=None,
+            norm_type=2.0,
+            scale_grad_by_freq=False,
+            sparse=False,
+        ),
+        activations=(),
+        constants=("weight",),
+        functions=(F.embedding,),
+        modules={
+            nn.Embedding: _same(
+                "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"
+            )
+        },
+    ),
+    OpKind(
+        name="embedding_bag",
+        signature=_signature(
+            "input weight offsets max_norm norm_type scale_grad_by_freq mode sparse"
+            " per_sample_weights include_last_offset padding_idx",
+            offsets=None,
+            max_norm=None,
+            norm_type=2,
+            scale_grad_by_freq=False,
+            mode="mean",
+            sparse=False,
+            per_sample_weights=None,
+            include_last_offset=False,
+            padding_idx=None,
+        ),
+        activations=(),
+        constants=("weight",),
+        functions=(F.embedding_bag,),
+        modules={
+            nn.EmbeddingBag: _same(
+                "max_norm",
+                "norm_type",
+                "scale_grad_by_freq",
+                "mode",
+                "sparse",
+                "include_last_offset",
+                "padding_idx",
+            )
+        },
+    ),
+    *(
+        OpKind(
+            name=name,
+            signature=_signature(
+                "input hx weights bidirectional batch_first levels",
+                hx=None,
+                bidirectional=False,
+                batch_first=False,
+                levels=None,
+            ),
+            functions=(function,),
+            modules={module: _same("bidirectional", "batch_first")},
+            definition=True,
+        )
+        for name, function, module in (
+            ("lstm", recurrent.lstm, nn.LSTM),
+            ("gru", recurrent.gru, nn.GRU),
+        )
+    ),
+    *(
+        OpKind(
+            name=name,
+            signature=_signature("input hx weights levels", hx=None, levels=None),
+            functions=(function,),
+            modules={module: {}},
+            definition=True,
+        )
+        for name, function, module in (
+            ("lstm_cell", recurrent.lstm_cell, nn.LSTMCell),
+            ("gru_cell", recurrent.gru_cell, nn.GRUCell),
+        )
+    ),
+    OpKind(
+        name="rnn_cell",
+        signature=_signature("input hx weights nonlinearity levels", hx=None, levels=None),
+        functions=(recurrent.rnn_cell,),
+        modules={nn.RNNCell: _same("nonlinearity")},
+        definition=True,
+    ),
     # -- normalisation ----------------------------------------------------------------------------
     OpKind(
         name="batch_norm",
@@ -545,5 +636,6 @@ COMPUTE_KINDS = frozenset(
     {f"conv{d}d" for d in (1, 2, 3)}
     | {f"conv_transpose{d}d" for d in (1, 2, 3)}
     | {"linear", "bilinear", "matmul", "bmm"}
+    | {"lstm", "gru", "lstm_cell", "gru_cell", "rnn_cell"}
 )
 """The kinds whose multiply-accumulates are counted by :mod:`fxquant.audit`."""

@@ -16,6 +16,7 @@ from fxquant.metadata import FusionRecord, NodeRecord, record_of
 from fxquant.op_catalog import OpKind
 from fxquant.op_view import attribute, kind_of
 from fxquant.operators import DEQUANTIZE, QUANTIZE
+from fxquant.packing import PACKERS
 from fxquant.specs import QuantSpec
 from fxquant.targets.registry import target_named
 from fxquant.targets.table import Epilogue
@@ -334,9 +335,12 @@ class _Reader:
             integers = argument.all_input_nodes[0]
             return self._tensor(argument.args[1]) if integers.op == "get_attr" else None
         pack = next((p for p in self.state.packs if p.name == argument.target), None)
-        if argument.op != "get_attr" or pack is None or len(pack.tensors) < 2:
+        if argument.op != "get_attr" or pack is None:
             return None
-        value = attribute(self.gm, pack.tensors[1])  # weight, scale, zero point, bias
+        position = PACKERS[pack.packer].scale
+        if position is None:
+            return None
+        value = attribute(self.gm, pack.tensors[position])
         return value if isinstance(value, Tensor) else None
 
     def _tensor(self, argument: object) -> Tensor | None:

@@ -141,7 +141,10 @@ def op_of(gm: fx.GraphModule, node: fx.Node) -> Op | None:
     kind = kind_of(gm, node)
     if kind is None:
         return None
-    bound = _bind(kind, node)
+    names = [name for name, _ in kind.signature]
+    if node.op == "call_module":
+        names = _module_parameters(kind, type(gm.get_submodule(str(node.target))))
+    bound = _bind(kind, node, names)
     if bound is None:
         return None
     form = {
@@ -151,15 +154,15 @@ def op_of(gm: fx.GraphModule, node: fx.Node) -> Op | None:
     }[node.op]
     if form is Form.MODULE:
         module = gm.get_submodule(str(node.target))
-        names = _attributes(type(module))
+        attributes = _attributes(type(module))
         for parameter, default in kind.signature[1:]:
             if parameter in kind.constants:
                 bound.pop(parameter, None)
-            elif parameter in names:
-                bound[parameter] = getattr(module, names[parameter])
+            elif parameter in attributes:
+                bound[parameter] = getattr(module, attributes[parameter])
             elif parameter not in bound and default is not REQUIRED:
                 bound[parameter] = default
-        for parameter, attribute_name in names.items():
+        for parameter, attribute_name in attributes.items():
             bound.setdefault(parameter, getattr(module, attribute_name))
         if "inplace" in bound:
             bound["inplace"] = bool(getattr(module, "inplace", False))
@@ -192,7 +195,7 @@ def is_inplace(gm: fx.GraphModule, node: fx.Node) -> bool:
     if kind is not None and node.target in kind.inplace:
         return True
     if node.op == "call_function" and kind is not None:
-        bound = _bind(kind, node)
+        bound = _bind(kind, node, [name for name, _ in kind.signature])
         return bound is not None and bound.get("inplace", False) is True
     if node.op == "call_method":
         name = str(node.target)
@@ -205,8 +208,13 @@ def _attributes(module_type: type[nn.Module]) -> Mapping[str, str]:
     return kind.modules.get(module_type) or next(iter(kind.modules.values()))
 
 
-def _bind(kind: OpKind, node: fx.Node) -> dict[str, Any] | None:
-    names = [name for name, _ in kind.signature]
+def _module_parameters(kind: OpKind, module_type: type[nn.Module]) -> list[str]:
+    """Parameters of a module's ``forward``, in order: neither constants nor attributes."""
+    own = (*kind.constants, *_attributes(module_type))
+    return [name for name, _ in kind.signature if name not in own]
+
+
+def _bind(kind: OpKind, node: fx.Node, names: list[str]) -> dict[str, Any] | None:
     args = list(node.args)
     if kind.variadic and node.op == "call_method" and len(args) > 1:
         rest = args[1:]
@@ -215,7 +223,7 @@ def _bind(kind: OpKind, node: fx.Node) -> dict[str, Any] | None:
         return None
     bound = dict(kind.signature)
     bound.update(zip(names, args, strict=False))
-    known = set(names) | {"inplace"}
+    known = {name for name, _ in kind.signature} | {"inplace"}
     aliases = {"x": "input", "self": "input", "axis": "dim", "A": "input", "B": "other"}
     for key, value in node.kwargs.items():
         name = key if key in known else aliases.get(key)

@@ -144,9 +144,60 @@ def pack_onednn_conv(
     )
 
 
+def as_vector(value: Tensor) -> Tensor:
+    """A 0-d scale as oneDNN's matmul wants it: on SSE4.1 and AVX2 it dies of a 0-d one."""
+    return value.reshape(-1)
+
+
 def pack_onednn_linear(weight: Tensor) -> Any:
     """Pack a weight ``[O, I]`` for ``onednn::qlinear_pointwise``."""
     return torch.ops.onednn.qlinear_prepack(weight, None)
+
+
+def pack_float16_linear(weight: Tensor, bias: Tensor | None) -> Any:
+    """Pack a float16 weight ``[O, I]`` for ``quantized::linear_dynamic_fp16``."""
+    with engine("fbgemm"):
+        return torch.ops.quantized.linear_prepack_fp16(weight.to(torch.float32), bias)
+
+
+def pack_cell(
+    w_ih: Tensor,
+    scale_ih: Tensor,
+    zero_ih: Tensor,
+    w_hh: Tensor,
+    scale_hh: Tensor,
+    zero_hh: Tensor,
+    b_ih: Tensor,
+    b_hh: Tensor,
+    reduce_range: bool,
+    engine_name: str,
+) -> Any:
+    """Pack one layer and direction, ``w_ih [G * H, I]``, for ``aten::quantized_{lstm,gru}``."""
+    return torch.ops.quantized.make_quantized_cell_params_dynamic(
+        pack_linear(w_ih, scale_ih, zero_ih, b_ih, engine_name),
+        pack_linear(w_hh, scale_hh, zero_hh, b_hh, engine_name),
+        b_ih,
+        b_hh,
+        reduce_range,
+    )
+
+
+def pack_float16_cell(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> Any:
+    """Pack one layer and direction with float16 weights."""
+    return torch.ops.quantized.make_quantized_cell_params_fp16(
+        pack_float16_linear(w_ih, b_ih), pack_float16_linear(w_hh, b_hh)
+    )
+
+
+def pack_table(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Any:
+    """Pack a table ``[rows, features]`` of 8- or 4-bit integers for ``quantized::embedding_*``."""
+    dtype = torch.quint8 if bits == 8 else torch.quint4x2
+    values = (weight.to(torch.float32) - zero_point[:, None]) * scale[:, None]
+    if bits == 4 and values.shape[1] % 2:  # the packing runs odd rows into each other
+        values = torch.nn.functional.pad(values, (0, 1))
+    # There is no way to a 4-bit tensor from integers; quantizing their values gives them back.
+    table = torch.quantize_per_channel(values, scale, zero_point, 0, dtype)
+    return torch.ops.quantized.embedding_bag_prepack(table)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +207,12 @@ class Packer:
     Attributes:
         function: takes the tensors first, then the options.
         tensors: how many of its arguments are tensors (or ``None``).
+        scale: which of them is the scale of the weight; ``None`` where it has none.
     """
 
     function: Callable[..., Any]
     tensors: int
+    scale: int | None = 1
 
 
 PACKERS: dict[str, Packer] = {
@@ -167,7 +220,12 @@ PACKERS: dict[str, Packer] = {
     "conv-transpose": Packer(pack_conv_transpose, 4),
     "conv-transpose-non-overlapping": Packer(pack_non_overlapping, 4),
     "linear": Packer(pack_linear, 4),
+    "linear-float16": Packer(pack_float16_linear, 2, scale=None),
+    "cell": Packer(pack_cell, 8),
+    "cell-float16": Packer(pack_float16_cell, 4, scale=None),
+    "table": Packer(pack_table, 3),
     "onednn-conv": Packer(pack_onednn_conv, 2),
-    "onednn-linear": Packer(pack_onednn_linear, 1),
+    "onednn-linear": Packer(pack_onednn_linear, 1, scale=None),
+    "vector": Packer(as_vector, 1, scale=None),
 }
 """Packers by name."""

@@ -31,7 +31,7 @@ from fxquant.errors import ConfigError
 from fxquant.graph_module import QuantGraphModule, Stage
 from fxquant.metadata import record_of
 from fxquant.op_view import Op, attribute, op_of
-from fxquant.operators import DEQUANTIZE, QUANTIZE
+from fxquant.operators import DEQUANTIZE, QUANTIZE, QUANTIZE_DYNAMIC, TO_DTYPE
 from fxquant.passes.lower import Lower
 from fxquant.passes.prepack import Prepack
 from fxquant.quantize_fx import convert_to_reference_fx
@@ -242,6 +242,8 @@ class _Recorder(fx.Interpreter):
 
 def _detached(value: Any) -> Any:
     """A copy of a tensor, as integers where it is quantized: kernels overwrite their inputs."""
+    if isinstance(value, (tuple, list)):
+        return fx.node.map_aggregate(value, _detached)
     if not isinstance(value, Tensor):
         return value
     return value.int_repr() if value.is_quantized else value.clone()
@@ -276,6 +278,8 @@ class _Region:
             return self.values[node.name]
         if node.op == "get_attr":
             return attribute(self.gm, str(node.target))
+        if node.target is QUANTIZE_DYNAMIC:
+            return self._quantize_dynamic(node)
         args = fx.map_arg(node.args, self.value)
         kwargs = fx.map_arg(node.kwargs, self.value)
         if node.op == "call_module":
@@ -292,15 +296,17 @@ class _Region:
             self._add_terms(op)
         return result
 
+    def _quantize_dynamic(self, node: fx.Node) -> Any:
+        """Integers, scale and zero point of a float value as the kernel was given it."""
+        source, *options = node.args
+        assert isinstance(source, fx.Node)
+        return QUANTIZE_DYNAMIC(self.value(source).to(torch.float32), *options)
+
     def _dequantize(self, node: fx.Node) -> Tensor:
         source, scale_node, zero_node, *axis = node.args
         assert isinstance(source, fx.Node)
-        integers = (
-            attribute(self.gm, str(source.target))
-            if source.op == "get_attr"
-            else self.values[source.name]
-        )
-        scale, zero_point = (_constant(self.gm, a) for a in (scale_node, zero_node))
+        integers = self.values[source.name] if source.name in self.values else self.value(source)
+        scale, zero_point = (self.parameter(a) for a in (scale_node, zero_node))
         if axis and axis[0] is not None:
             shape = [1] * integers.dim()
             assert isinstance(axis[0], int)
@@ -308,6 +314,13 @@ class _Region:
             scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
         wide: Tensor = integers.to(torch.float64) - zero_point.to(torch.float64)
         return wide * scale.to(torch.float64)
+
+    def parameter(self, argument: object) -> Tensor:
+        """A scale or zero point: a buffer, or what was chosen at run time."""
+        assert isinstance(argument, fx.Node)
+        value = self.value(argument)
+        assert isinstance(value, Tensor)
+        return value
 
     def _add_terms(self, op: Op) -> None:
         """Note what is added to the sum in float32, whose rounding the result inherits."""
@@ -322,10 +335,20 @@ class _Region:
             reach = self._reach(op.activations[0])
             self.addends += float((bias.abs() + (mean * factor).abs()).max())
             self.addends += float(factor.abs().max()) * reach
+        elif not op.kind.activations:  # a table: scale * q and the offset meet
+            self.addends += self._reach(op.arguments["weight"])
         else:
             bias = op.arguments.get("bias")
             if isinstance(bias, fx.Node):
                 self.addends += float(self.value(bias).abs().max())
+            weight = op.arguments.get("weight")
+            if isinstance(weight, fx.Node) and weight.target is TO_DTYPE:
+                self.addends += self._sum_of_magnitudes(op.activations[0], weight)
+
+    def _sum_of_magnitudes(self, x: fx.Node, weight: fx.Node) -> float:
+        """The largest sum of ``|x| * |w|`` of a linear: its kernel adds in float32."""
+        sums = torch.nn.functional.linear(self.value(x).abs(), self.value(weight).abs())
+        return float(sums.max()) if sums.numel() else 0.0
 
     def _reach(self, node: fx.Node) -> float:
         """The largest magnitude while dequantizing ``node``: ``q * s`` and ``z * s`` meet there."""
@@ -334,7 +357,7 @@ class _Region:
             return 0.0
         offset = 0.0
         if node.target is DEQUANTIZE:
-            scale, zero_point = (_constant(self.gm, a) for a in node.args[1:3])
+            scale, zero_point = (self.parameter(a) for a in node.args[1:3])
             offset = float((scale * zero_point).abs().max())
         return float(value.abs().max()) + offset
 
@@ -426,6 +449,9 @@ def _compare_integers(
 def _compare_floats(
     gm: QuantGraphModule, node: fx.Node, lowered: fx.Node, values: Mapping[str, Any]
 ) -> ParityRow:
+    op = op_of(gm, node)
+    if op is not None and op.kind.definition:
+        return _compare_recurrent(gm, op, lowered, values)
     region = _Region(gm, values, node)
     result = region.value(node)
     error = region.error(result)
@@ -441,6 +467,57 @@ def _compare_floats(
         max_lsb=float(distance.max()) if distance.numel() else 0.0,
         floating=True,
     )
+
+
+def _compare_recurrent(
+    gm: QuantGraphModule, op: Op, lowered: fx.Node, values: Mapping[str, Any]
+) -> ParityRow:
+    """A recurrent module against its definition in float32.
+
+    A state that is quantized near a tie may be rounded the other way, and every later step sees
+    that: the bound is two steps of the largest output.
+    """
+    region = _Region(gm, values, op.node)
+
+    def given(argument: fx.Node) -> Any:
+        value = values[argument.name] if argument.name in values else region.value(argument)
+        return fx.node.map_aggregate(value, _narrow)
+
+    args = fx.map_arg(op.node.args, given)
+    expected = _tensors(op.kind.functions[0](*args))
+    found = _tensors(values[op.node.name])
+    bounds = [2 * e.abs().max() / 127 if e.numel() else e for e in expected]
+    parts = [
+        ((f - e).abs() / bound.clamp(min=1e-30)).flatten()
+        for f, e, bound in zip(found, expected, bounds, strict=True)
+        if e.is_floating_point()
+    ]
+    distance = torch.cat(parts)
+    return ParityRow(
+        name=op.node.name,
+        kind=op.name,
+        kernel=_kernel(lowered),
+        elements=distance.numel(),
+        off_by_one=0,
+        ties=0,
+        more=int((distance > 1).sum()),
+        max_lsb=float(distance.max()) if distance.numel() else 0.0,
+        floating=True,
+    )
+
+
+def _narrow(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.dtype is torch.float64:
+        return value.to(torch.float32)
+    return value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All tensors in nested tuples, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    items = value if isinstance(value, (tuple, list)) else ()
+    return [tensor for item in items for tensor in _tensors(item)]
 
 
 def _row(name: str, kind: str, lowered: fx.Node, distance: Tensor, halfway: Tensor) -> ParityRow:

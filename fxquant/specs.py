@@ -12,6 +12,7 @@ tested against::
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final
@@ -381,6 +382,68 @@ def range_to_qparams(
     scale = ((above - below) / steps).clamp(min=eps)
     zero_point = quant_min - torch.round(below / scale).to(torch.int32)
     return scale, zero_point.clamp(quant_min, quant_max)
+
+
+def choose_dynamic_qparams(x: Tensor, spec: QuantSpec) -> QParams:
+    """Scale and zero point of a tensor that is quantized at run time, from its own values.
+
+    For affine uint8, those of PyTorch's dynamic kernels (``torch._choose_qparams_per_tensor``):
+    the scale is computed in float64, is 0.1 where all values are 0 and never below 6.1e-5 (the
+    range is widened to it), and the zero point is taken from the end of the range where it is off
+    by less. Otherwise :func:`choose_qparams` of the smallest and the largest value.
+
+    Args:
+        x: float tensor of any shape, finite; an empty one has the range 0..0.
+        spec: a per-tensor integer spec.
+
+    Raises:
+        SpecError: another spec, or values that are not finite.
+    """
+    if spec.is_float or spec.is_per_channel:
+        raise SpecError(f"{spec.short()}: only per-tensor integers can be chosen at run time")
+    values = x.detach().to(torch.float32)
+    low, high = torch.aminmax(values) if x.numel() else (values.new_zeros(()),) * 2
+    if spec.dtype is not torch.uint8 or spec.is_symmetric:
+        return choose_qparams(low, high, spec)
+    _check_min_max(low, high, spec)
+    scale, zero_point = _kernel_qparams(float(low), float(high), spec.quant_min, spec.quant_max)
+    return QParams(values.new_tensor(scale), values.new_tensor(zero_point).to(torch.int32), spec)
+
+
+_SMALLEST_DYNAMIC_SCALE: Final = 6.1e-5
+_float32 = struct.Struct("f")
+
+
+def _rounded(value: float) -> float:
+    """``value`` as a float32."""
+    return float(_float32.unpack(_float32.pack(value))[0])
+
+
+def _kernel_qparams(low: float, high: float, quant_min: int, quant_max: int) -> tuple[float, int]:
+    """The rule of PyTorch's dynamic kernels on plain numbers."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    steps = quant_max - quant_min
+    scale = (high - low) / steps
+    if _rounded(scale) == 0.0 or _rounded(scale) < 1 / torch.finfo(torch.float32).max:
+        scale = 0.1
+    smallest = _rounded(_SMALLEST_DYNAMIC_SCALE)
+    if scale < smallest:
+        widen = smallest / scale
+        low, high = _widened(low, high, smallest * steps, widen)
+        scale = smallest
+    from_low, from_high = quant_min - low / scale, quant_max - high / scale
+    error_low = abs(quant_min) - abs(low / scale)
+    error_high = abs(quant_max) - abs(high / scale)
+    zero_point = round(from_low if error_low < error_high else from_high)
+    return scale, min(max(zero_point, quant_min), quant_max)
+
+
+def _widened(low: float, high: float, width: float, times: float) -> tuple[float, float]:
+    if low == 0.0:
+        return low, _rounded(width)
+    if high == 0.0:
+        return _rounded(-width), high
+    return _rounded(low * times), _rounded(high * times)
 
 
 def _check_min_max(low: Tensor, high: Tensor, spec: QuantSpec) -> None:

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from fxquant.dataflow import (
     has_float_input,
     is_surely_float_tensor,
+    looks_up,
     reads_only_shape,
     value_users,
 )
@@ -66,12 +67,22 @@ class Annotate(Pass):
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """What an op would be, were it quantized."""
+    """What an op would be, were it quantized.
+
+    Attributes:
+        op: the op.
+        row: what the target has for it.
+        activation: spec of its inputs, and of its output where it writes integers.
+        weight: spec of its weight.
+        reads_floats: its kernel takes and gives float32, whatever is inside: activations are
+            quantized at run time, or not at all.
+    """
 
     op: Op
     row: Row
     activation: QuantSpec | None
     weight: QuantSpec | None
+    reads_floats: bool = False
 
 
 def _overwritten(gm: QuantGraphModule) -> dict[fx.Node, fx.Node]:
@@ -94,7 +105,7 @@ def _plan(
     fusion = record.fusion
     if fusion is not None and fusion.first != node.name:
         return None  # the first op of the pattern speaks for it
-    if reads_only_shape(node) or not has_float_input(gm, node):
+    if reads_only_shape(node) or not (has_float_input(gm, node) or looks_up(gm, node)):
         return None
     if any(reason.startswith("opaque island") for reason in record.reasons):
         return None
@@ -131,6 +142,11 @@ def _plan(
     )
     if reason is not None:
         add_reason(node, reason)
+        return None
+    reason = row.misfit(op, record.qconfig)
+    if reason is not None:
+        add_reason(node, f"config cannot be honoured: {reason}")
+        _warn_unhonoured(node, op, reason, context)
         return None
     return _specs(node, op, row, record.qconfig, context)
 
@@ -232,6 +248,8 @@ def _specs(node: fx.Node, op: Op, row: Row, qconfig: QConfig, context: PassConte
     if factory is not None and factory.reuse_input and row.role is Role.SHARES:
         return _Plan(op=op, row=row, activation=None, weight=None)
     activation = None if factory is None else factory.spec
+    if not row.static or (activation is not None and activation.is_dynamic):
+        return _float_interface(node, op, row, qconfig, context)
     if activation is None:
         lack = "the qconfig observes no activation, and a weight alone cannot be quantized"
         add_reason(node, f"{lack} ({record_of(node).rule})")
@@ -270,6 +288,70 @@ def _specs(node: fx.Node, op: Op, row: Row, qconfig: QConfig, context: PassConte
             )
         weight = _fit_weight(node, weight, row)
     return _Plan(op=op, row=row, activation=activation, weight=weight)
+
+
+def _float_interface(
+    node: fx.Node, op: Op, row: Row, qconfig: QConfig, context: PassContext
+) -> _Plan | None:
+    """The plan of an op that reads and writes floats around integers of its own."""
+    factory, weight_factory = spec_of(qconfig.activation), spec_of(qconfig.weight)
+    activation = None if factory is None else factory.spec
+    weight = None if weight_factory is None else weight_factory.spec
+    if row.weight_only:
+        if weight is None or not weight.has_float_zero_point:
+            add_reason(
+                node,
+                "a table is quantized by a qconfig with a float zero point per row only, such as"
+                f" float_qparams_weight_only_qconfig ({record_of(node).rule} has another)",
+            )
+            return None
+        return _Plan(op=op, row=row, activation=None, weight=weight, reads_floats=True)
+    if activation is None or not activation.is_dynamic:
+        add_reason(
+            node,
+            f"{row.kind} has no kernel for activations with calibrated parameters; it takes a"
+            " dynamic qconfig such as default_dynamic_qconfig",
+        )
+        return None
+    problem = _unusable_dynamic(activation, weight, row)
+    if problem is not None:
+        if not (op.kind.constants or row.dynamic):
+            add_reason(node, "activations are quantized at run time for ops with weights only")
+            return None
+        text = f"{problem} by target {context.target.name!r}"
+        add_reason(node, f"config cannot be honoured: {text}")
+        _warn_unhonoured(node, op, text, context)
+        return None
+    assert weight is not None
+    _check_finite(node, op)
+    if activation.quant_max > row.dynamic_quant_max:
+        add_reason(node, f"its kernel quantizes activations to 0..{row.dynamic_quant_max}")
+        activation = replace(activation, quant_max=row.dynamic_quant_max)
+    if not weight.is_float:
+        weight = _fit_weight(node, weight, row)
+    return _Plan(op=op, row=row, activation=activation, weight=weight, reads_floats=True)
+
+
+def _unusable_dynamic(activation: QuantSpec, weight: QuantSpec | None, row: Row) -> str | None:
+    """Why activations that are quantized at run time, with this weight, are not served."""
+    if not row.dynamic:
+        return f"dynamic activation {activation.short()} is not served for {row.kind!r}"
+    if weight is None:
+        return "a dynamic activation without a weight spec is not served"
+    possible = "possible: uint8 affine with int8 weights, float16 with float16 weights"
+    if activation.is_float or weight.is_float:
+        if activation.dtype is weight.dtype is torch.float16:
+            return None
+        return (
+            f"dynamic {activation.short()} with weight {weight.short()} is not served ({possible})"
+        )
+    if activation.dtype is not torch.uint8 or activation.is_symmetric or activation.is_per_channel:
+        return f"activation {activation.short()} is not served ({possible})"
+    if (activation.quant_min, activation.quant_max) not in ((0, 255), (0, 127)):
+        return f"activation {activation.short()} is not served (possible: 0..255 and 0..127)"
+    if weight.dtype is not torch.int8 or not weight.is_symmetric:
+        return f"weight {weight.short()} is not served ({possible}, symmetric)"
+    return None
 
 
 def _says_nothing(qconfig: QConfig) -> bool:
@@ -386,7 +468,7 @@ class _Decision:
     def _reads_integers(self, user: fx.Node, value: fx.Node, wanted: dict[fx.Node, bool]) -> bool:
         head = self._head_of(user)
         plan = self.plans.get(head)
-        if plan is None:
+        if plan is None or plan.reads_floats:
             return False
         if plan.row.role is Role.COMPUTE:
             if plan.row.output is OutputPolicy.DEMANDED and not plan.row.float_output:
@@ -405,6 +487,9 @@ class _Decision:
         if not last.users:
             add_reason(node, "nobody reads its result")
             return None
+        if plan.reads_floats:
+            dynamic = () if plan.activation is None else (plan.activation,)
+            return Annotation(inputs=dynamic, weight=plan.weight)
         wanted = self.wanted[last]
         inputs = tuple(plan.activation for _ in plan.op.activations)
         if plan.row.role is Role.SHARES:

@@ -48,6 +48,8 @@ class InlineModules(Pass):
 
 
 def _refusal(module: nn.Module, op: Op) -> str | None:
+    if op.kind.definition:
+        return f"the function of {op.name!r} only defines it; the module is faster"
     if module._forward_hooks or module._forward_pre_hooks:
         return "the module has forward hooks, which a function call would not run"
     if op.arguments.get("padding_mode", "zeros") != "zeros":

@@ -54,7 +54,7 @@ class InsertObservers(Pass):
                     (given if request.again else value,),
                     after=given if request.again else value,
                     like=value,
-                    share_group=None if request.again else _group(value),
+                    share_group=None if request.apart else _group(value),
                     qconfig=request.qconfig,
                 )
                 for reader in request.readers:
@@ -80,6 +80,11 @@ class _Request:
     readers: list[fx.Node]
     own: bool = False
     again: bool = False
+
+    @property
+    def apart(self) -> bool:
+        """Whether the observer shares no parameters with what the value is grouped with."""
+        return self.again or self.spec.is_dynamic
 
 
 def _requests(gm: QuantGraphModule, target: Target) -> dict[fx.Node, list[_Request]]:
@@ -117,6 +122,8 @@ def _requests(gm: QuantGraphModule, target: Target) -> dict[fx.Node, list[_Reque
 
 def _holds(target: Target, wanted: QuantSpec, produced: QuantSpec) -> bool:
     """Whether a reader of ``wanted`` can take the integers that are there."""
+    if wanted.is_dynamic:
+        return False
     low, high = target.saturation(wanted)
     least, most = target.saturation(produced)
     return wanted.dtype is produced.dtype and low <= least and most <= high
@@ -126,8 +133,8 @@ def external_inputs(gm: QuantGraphModule, node: fx.Node) -> list[tuple[fx.Node, 
     """The activations of an annotated op that come from outside its pattern, with their specs."""
     record = record_of(node)
     annotation, op = record.annotation, op_of(gm, node)
-    if annotation is None or op is None:
-        return []
+    if annotation is None or op is None or op.kind.definition:
+        return []  # recurrent modules quantize inside, at every step
     spec = next((s for s in annotation.inputs if s is not None), None)
     if spec is None:
         return []

@@ -6,6 +6,7 @@ scale, zero point and integer weight as a buffer.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -15,21 +16,23 @@ from torch import fx
 from fxquant.errors import CalibrationWarning, NonFiniteStatisticError
 from fxquant.functional import FUNCTIONS, functional_call
 from fxquant.graph_module import QuantGraphModule, Stage
-from fxquant.metadata import add_reason, record_of
+from fxquant.kernel_probe import dynamic_quant_max
+from fxquant.metadata import Annotation, TensorRecord, add_reason, record_of, update_record
 from fxquant.observed import (
+    in_half_precision,
+    is_ready,
     qparams_of,
     spec_of_observer,
     unite,
-    was_observed,
-    weight_qparams,
 )
 from fxquant.op_view import Form, Op, attribute, op_of
-from fxquant.operators import DEQUANTIZE, QUANTIZE
+from fxquant.operators import DEQUANTIZE, QUANTIZE, QUANTIZE_DYNAMIC, TO_DTYPE
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
 from fxquant.passes.insert_observers import OBSERVER_PREFIX
-from fxquant.qconfig import QConfig
+from fxquant.recurrent import weight_names
 from fxquant.rewriter import GraphRewriter
 from fxquant.specs import QParams, QuantSpec, quantize
+from fxquant.weight_fit import WeightFitter, tell
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,9 @@ class ToReference(Pass):
             _replace_observer(rewriter, node, parameters)
         for node in list(gm.graph.nodes):
             _quantize_moved(rewriter, node, parameters)
-        _Weights(rewriter).run()
+        fitter = WeightFitter(gm, context.target.select_kernel)
+        _Weights(rewriter, fitter).run()
+        tell(gm, fitter.reductions, context.diagnostics, "weights were fitted to this machine")
         gm.update_state(stage=Stage.REFERENCE)
         rewriter.changes += 1
         return PassResult(changes=rewriter.finish())
@@ -76,7 +81,7 @@ def _warn_uncalibrated(
     blind = [
         n.all_input_nodes[0].name
         for n in observers
-        if not was_observed(gm.get_submodule(str(n.target)))
+        if not is_ready(gm.get_submodule(str(n.target)))
     ]
     if not blind:
         return
@@ -189,10 +194,45 @@ def _insert_pair(
 
 def _replace_observer(rewriter: GraphRewriter, node: fx.Node, parameters: _Parameters) -> None:
     value = node.all_input_nodes[0]
+    spec = spec_of_observer(rewriter.gm.get_submodule(str(node.target)))
+    if spec.is_dynamic:
+        # Kernels with float16 weights compute on float32 activations: nothing is rounded there.
+        made = value if spec.is_float else _insert_dynamic_pair(rewriter, node, spec)
+        rewriter.replace_uses(node, made)
+        rewriter.erase(node)
+        return
     pair = parameters.of_observer(node)
     dequantized = _insert_pair(rewriter, value, node, pair, [])
     rewriter.replace_uses(node, dequantized)
     rewriter.erase(node)
+
+
+def _insert_dynamic_pair(rewriter: GraphRewriter, node: fx.Node, spec: QuantSpec) -> fx.Node:
+    """Quantize by parameters chosen at run time, and dequantize, before the observer ``node``."""
+    value = node.all_input_nodes[0]
+    low, high = spec.quant_min, dynamic_quant_max(spec)
+    made = rewriter.call(
+        QUANTIZE_DYNAMIC,
+        (value, low, high, spec.dtype, spec.is_symmetric),
+        before=node,
+        like=value,
+        name=f"{value.name}_quantize_dynamic",
+    )
+    record = record_of(value).value
+    scalars = [TensorRecord(shape=(), dtype=d) for d in (torch.float32, torch.int32)]
+    integers = replace(record, dtype=spec.dtype) if isinstance(record, TensorRecord) else record
+    update_record(made, value=(integers, *scalars))
+    parts = [
+        rewriter.call(
+            operator.getitem, (made, index), before=node, like=value, name=f"{value.name}_{name}"
+        )
+        for index, name in enumerate(("integers", "scale", "zero_point"))
+    ]
+    for part, part_record in zip(parts, (integers, *scalars), strict=True):
+        update_record(part, value=part_record)
+    return rewriter.call(
+        DEQUANTIZE, tuple(parts), before=node, like=value, name=f"{value.name}_dequantize"
+    )
 
 
 def _quantize_moved(rewriter: GraphRewriter, node: fx.Node, parameters: _Parameters) -> None:
@@ -209,8 +249,9 @@ def _quantize_moved(rewriter: GraphRewriter, node: fx.Node, parameters: _Paramet
 class _Weights:
     """Turns every annotated weight into integers and its op into a function call."""
 
-    def __init__(self, rewriter: GraphRewriter) -> None:
+    def __init__(self, rewriter: GraphRewriter, fitter: WeightFitter) -> None:
         self.rewriter = rewriter
+        self.fitter = fitter
         self.made: dict[tuple[str, QuantSpec], tuple[str, str, str]] = {}
 
     def run(self) -> None:
@@ -221,20 +262,54 @@ class _Weights:
             op = op_of(gm, node)
             if op is None or record.annotation is None or record.annotation.weight is None:
                 continue
-            if op.name not in FUNCTIONS:
-                continue
-            assert record.qconfig is not None
-            self._convert(node, op, record.annotation.weight, record.qconfig)
+            if op.name in FUNCTIONS:
+                self._convert(node, op, record.annotation.weight)
+            elif op.kind.definition:
+                self._convert_recurrent(node, op, record.annotation)
 
-    def _convert(self, node: fx.Node, op: Op, spec: QuantSpec, qconfig: QConfig) -> None:
-        rewriter = self.rewriter
+    def _convert(self, node: fx.Node, op: Op, spec: QuantSpec) -> None:
         path = op.constant_path("weight")
         assert path is not None
-        weight_name, scale_name, zero_name = self._integers(node, path, op, spec, qconfig)
+        weight = self._quantized(node, path, spec, "weight")
+        target, args = functional_call(op, weight=weight, bias=self._bias(node, op))
+        constants = [a for a in node.all_input_nodes if a.op == "get_attr"]
+        self.rewriter.retarget(node, target, args)
+        self.rewriter.erase_dead([c for c in constants if c not in node.all_input_nodes])
+
+    def _convert_recurrent(self, node: fx.Node, op: Op, annotation: Annotation) -> None:
+        """``nn.LSTM`` and its like become their definition on quantized weights and activations."""
+        rewriter, spec, activation = self.rewriter, annotation.weight, annotation.inputs[0]
+        assert spec is not None and activation is not None
+        module = rewriter.gm.get_submodule(str(node.target))
+        weights: list[fx.Node | None] = []
+        for name in weight_names(module):
+            path = f"{node.target}.{name}"
+            if getattr(module, name, None) is None:
+                weights.append(None)
+            elif name.startswith("bias"):
+                value = attribute(rewriter.gm, path).detach().clone()
+                buffer = rewriter.new_buffer(f"{node.name}_{name}", value)
+                weights.append(rewriter.get_attr(buffer, before=node, like=node))
+            else:
+                weights.append(self._quantized(node, path, spec, name))
+        levels = None
+        if not activation.is_float:
+            levels = (activation.quant_min, dynamic_quant_max(activation))
+        given = {"weights": weights, "levels": levels}
+        arguments = {**op.arguments, **given}
+        args = tuple(arguments[name] for name, _ in op.kind.signature)
+        rewriter.retarget(node, op.kind.functions[0], args)
+
+    def _quantized(self, node: fx.Node, path: str, spec: QuantSpec, name: str) -> fx.Node:
+        """The weight at ``path``, of which ``node`` reads the float value of its integers."""
+        rewriter = self.rewriter
+        if spec.is_float:
+            return self._half(node, path, spec, name)
+        weight_name, scale_name, zero_name = self._integers(node, path, spec, name)
         weight = rewriter.get_attr(weight_name, before=node, like=node)
         scale = rewriter.get_attr(scale_name, before=node, like=node)
         zero = rewriter.get_attr(zero_name, before=node, like=node)
-        dequantized = rewriter.call(
+        return rewriter.call(
             DEQUANTIZE,
             (weight, scale, zero, spec.ch_axis),
             before=node,
@@ -243,12 +318,24 @@ class _Weights:
             dtype=torch.float32,
             origins=(),
         )
-        target, args = functional_call(
-            op, input=op.activations[0], weight=dequantized, bias=self._bias(node, op)
+
+    def _half(self, node: fx.Node, path: str, spec: QuantSpec, name: str) -> fx.Node:
+        """A float16 weight, saturated as kernels do it, read as float32."""
+        rewriter = self.rewriter
+        if (path, spec) not in self.made:
+            value = attribute(rewriter.gm, path).detach()
+            limit = torch.finfo(spec.dtype).max
+            half = value.clamp(-limit, limit).to(spec.dtype)
+            self.made[path, spec] = (rewriter.new_buffer(f"{node.name}_{name}", half), "", "")
+        stored = rewriter.get_attr(self.made[path, spec][0], before=node, like=node)
+        return rewriter.call(
+            TO_DTYPE,
+            (stored, torch.float32),
+            before=node,
+            like=stored,
+            dtype=torch.float32,
+            origins=(),
         )
-        constants = [a for a in node.all_input_nodes if a.op == "get_attr"]
-        rewriter.retarget(node, target, args)
-        rewriter.erase_dead([c for c in constants if c not in node.all_input_nodes])
 
     def _bias(self, node: fx.Node, op: Op) -> fx.Node | None:
         bias = op.constant("bias")
@@ -264,17 +351,21 @@ class _Weights:
         return self.rewriter.get_attr(name, before=node, like=node)
 
     def _integers(
-        self, node: fx.Node, path: str, op: Op, spec: QuantSpec, qconfig: QConfig
+        self, node: fx.Node, path: str, spec: QuantSpec, name: str
     ) -> tuple[str, str, str]:
         key = (path, spec)
         if key not in self.made:
+            qconfig = record_of(node).qconfig
+            assert qconfig is not None
             weight = attribute(self.rewriter.gm, path).detach()
-            qparams = weight_qparams(weight, spec, qconfig, node.name)
+            qparams = self.fitter.qparams(node, path, weight, spec, qconfig)
+            if spec.has_float_zero_point and spec.levels == 16:
+                qparams = in_half_precision(qparams)
             store = self.rewriter.new_buffer
             self.made[key] = (
-                store(f"{node.name}_weight", quantize(weight.to(torch.float32), qparams)),
-                store(f"{node.name}_weight_scale", qparams.scale.clone()),
-                store(f"{node.name}_weight_zero_point", qparams.zero_point.clone()),
+                store(f"{node.name}_{name}", quantize(weight.to(torch.float32), qparams)),
+                store(f"{node.name}_{name}_scale", qparams.scale.clone()),
+                store(f"{node.name}_{name}_zero_point", qparams.zero_point.clone()),
             )
         else:
             add_reason(node, "shares its quantized weight with another call")

@@ -41,17 +41,27 @@ def markdown() -> str:
 
 def _table(target: Target) -> str:
     rows = [
-        (f"`{row.kind}`", _ROLES[row.role], _kernel(row), _epilogues(row))
+        (f"`{row.kind}`", _runs_as(row), _kernel(row), _epilogues(row))
         for row in target.rows.values()
     ]
     headers = ("op", "runs as", "kernel, or why not", "epilogues")
     return tabulate(rows, headers=headers, tablefmt="github")
 
 
+def _runs_as(row: Row) -> str:
+    if row.static:
+        return _ROLES[row.role]
+    return "int8 weight" if row.weight_only else "int8 weight, activations at run time"
+
+
 def _kernel(row: Row) -> str:
     if row.role is Role.FLOAT:
         return row.reason
-    return f"`{row.kernel}`" + (", or a float32 result" if row.float_output else "")
+    if not row.static:
+        return f"`{row.dynamic or row.weight_only}`"
+    result = ", or a float32 result" if row.float_output else ""
+    dynamic = f"; dynamic: `{row.dynamic}`" if row.dynamic else ""
+    return f"`{row.kernel}`{result}{dynamic}"
 
 
 def _epilogues(row: Row) -> str:

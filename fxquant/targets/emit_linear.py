@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from fxquant.clamps import bounds_of
-from fxquant.kernel_probe import exact_engine
 from fxquant.lowering import Bound, IntValue, Site, Weight
 from fxquant.metadata import shape_of
 from fxquant.op_view import Op
@@ -22,12 +21,16 @@ from fxquant.targets.emit_common import (
     finish,
     finish_clamp,
     post_op,
-    saturates,
+    refused,
 )
+from fxquant.targets.emit_dynamic import emit_dynamic_linear, is_dynamic
+from fxquant.targets.saturation import geometry_of, packed_kernel, pointwise_kernel
 
 
 def emit_linear(site: Site) -> str | None:
     """``linear`` with its epilogues."""
+    if is_dynamic(site):
+        return emit_dynamic_linear(site)
     inputs, weight = site.inputs(), site.weight()
     if inputs is None:
         return FLOAT_INPUT
@@ -47,7 +50,11 @@ def emit_linear(site: Site) -> str | None:
 
 def _emit_packed_linear(site: Site, x: IntValue, weight: Weight, clamp: Op | None) -> str | None:
     lowering = site.lowering
-    engine = exact_engine("linear")
+    choice = packed_kernel(geometry_of(site.op))
+    reason = refused(site, weight, choice)
+    if reason is not None:
+        return reason
+    engine = choice.kernel
     packed = lowering.pack(
         "linear",
         (
@@ -79,10 +86,13 @@ def _emit_pointwise_linear(
     site: Site, x: IntValue, weight: Weight, post: tuple[str, list[Any], str]
 ) -> str | None:
     lowering = site.lowering
-    inexact = saturates("linear")
-    if inexact is not None:
-        return inexact
+    reason = refused(site, weight, pointwise_kernel(geometry_of(site.op)))
+    if reason is not None:
+        return reason
     packed = lowering.pack("onednn-linear", (weight.integers,), at=site.last)
+    scale = weight.scale
+    if not weight.per_channel:
+        scale = lowering.pack("vector", (scale,), at=site.last)
     attr, scalars, algorithm = post
     node = lowering.emit(
         site,
@@ -92,7 +102,7 @@ def _emit_pointwise_linear(
             Bound(x.scale),
             Bound(x.zero_point),
             packed,
-            weight.scale,
+            scale,
             weight.zero_point,
             site.op.arguments.get("bias"),
             site.output_scale,

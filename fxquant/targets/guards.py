@@ -40,6 +40,29 @@ def constant_hyperparameters(op: Op) -> str | None:
     return None
 
 
+def layered_evaluation(op: Op) -> str | None:
+    """Recurrent layers without projections, in evaluation: what PyTorch's kernels compute."""
+    module = op.owner.get_submodule(str(op.node.target)) if op.form is Form.MODULE else None
+    if getattr(module, "proj_size", 0):
+        return "PyTorch's int8 kernel has no projections (proj_size)"
+    if getattr(module, "dropout", 0.0) and getattr(module, "training", False):
+        return "it drops values between its layers while it trains; call model.eval() before"
+    return None
+
+
+def looks_up_plainly(op: Op) -> str | None:
+    """Look-ups that only read: no renormalisation of rows, sums and means of bags."""
+    if op.arguments.get("max_norm") is not None:
+        return "max_norm writes the table at every call, integers cannot be written so"
+    mode = op.arguments.get("mode", "sum")
+    if op.name == "embedding_bag":
+        if mode not in ("sum", "mean"):
+            return f"PyTorch's int8 kernel gives sums of bags only (mode={mode!r})"
+        if op.arguments.get("padding_idx") is not None:
+            return "PyTorch's int8 kernel counts rows at padding_idx like others"
+    return None
+
+
 def batched(op: Op) -> str | None:
     """The int8 convolutions take no single image without a batch dimension."""
     shape = shape_of(op.activations[0]) if op.activations else None
@@ -59,7 +82,7 @@ def resolve_padding(op: Op) -> Any:
         return 0
     if padding != "same":
         return padding
-    spatial = _weight_shape(op)[2:]
+    spatial = weight_shape(op)[2:]
     dilation = op.arguments.get("dilation", 1)
     dilations = dilation if isinstance(dilation, (tuple, list)) else (dilation,) * len(spatial)
     total = [d * (k - 1) for d, k in zip(dilations, spatial, strict=True)]
@@ -71,7 +94,7 @@ def resolve_padding(op: Op) -> Any:
     return [t // 2 for t in total]
 
 
-def _weight_shape(op: Op) -> tuple[int, ...]:
+def weight_shape(op: Op) -> tuple[int, ...]:
     """Shape of the weight, in a float graph and in a reference graph."""
     weight, node = op.constant("weight"), op.arguments.get("weight")
     if isinstance(node, fx.Node) and node.target is DEQUANTIZE:
@@ -84,7 +107,7 @@ def is_non_overlapping(op: Op) -> bool:
     """Whether a ``conv_transpose2d`` reads one input pixel for each output pixel."""
     if op.name != "conv_transpose2d" or op.arguments["groups"] != 1:
         return False
-    kernel = list(_weight_shape(op)[2:])
+    kernel = list(weight_shape(op)[2:])
     names = ("padding", "output_padding", "dilation")
     others = [expand(op.arguments[name], 2) for name in names]
     return expand(op.arguments["stride"], 2) == kernel and others == [[0, 0], [0, 0], [1, 1]]
@@ -92,7 +115,7 @@ def is_non_overlapping(op: Op) -> bool:
 
 def no_wrong_fast_path(op: Op) -> str | None:
     """Fbgemm's direct kernel for transposed convolutions gives garbage (checked by the tests)."""
-    inputs, outputs, *kernel = _weight_shape(op)
+    inputs, outputs, *kernel = weight_shape(op)
     plain = all(
         expand(op.arguments[name], len(kernel)) == [value] * len(kernel)
         for name, value in (("padding", 0), ("dilation", 1))

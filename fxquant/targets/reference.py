@@ -31,4 +31,5 @@ REFERENCE = replace(
     name="reference",
     rows={kind: _without_limits(row) for kind, row in X86.rows.items()},
     executes=False,
+    select_kernel=None,
 )

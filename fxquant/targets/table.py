@@ -8,11 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import torch
 
 from fxquant.op_view import Op
+from fxquant.pairing import KernelChoice
+from fxquant.qconfig import QConfig
 from fxquant.specs import QuantSpec, default_range
+
+if TYPE_CHECKING:
+    from fxquant.targets.allow_list import AllowList
 
 
 class Role(Enum):
@@ -58,10 +64,16 @@ class Row:
         weight_axis: channel axis of a per-channel weight; ``None`` allows per-tensor only.
         symmetric_weight: the kernels ignore the zero point of a weight, so it must be 0.
         float_output: the kernel can write float32 without quantizing.
+        dynamic: the kernel for activations that are quantized at run time; empty where there is
+            none. It reads and writes float32, with an int8 or float16 weight.
+        dynamic_quant_max: the largest integer that kernel quantizes activations to.
+        weight_only: the kernel for an integer weight and float activations, likewise.
+        static: the op takes activations that were quantized by calibrated parameters.
         output: when the output is quantized.
         worth_alone: a sharing op that pays in int8 even where nobody reads integers after it.
         epilogues: activation kind -> how it is run when fused behind this op.
         guards: each gives a reason to leave this call in FP32, or ``None``.
+        qconfig_guards: each gives a reason why a qconfig is not served for a call, or ``None``.
         reason: for ``Role.FLOAT``: why, with the measurement.
     """
 
@@ -73,16 +85,29 @@ class Row:
     weight_axis: int | None = None
     symmetric_weight: bool = True
     float_output: bool = False
+    dynamic: str = ""
+    dynamic_quant_max: int = 255
+    weight_only: str = ""
+    static: bool = True
     output: OutputPolicy = OutputPolicy.DEMANDED
     worth_alone: bool = False
     epilogues: Mapping[str, Epilogue] = field(default_factory=dict)
     guards: tuple[Callable[[Op], str | None], ...] = ()
+    qconfig_guards: tuple[Callable[[Op, QConfig], str | None], ...] = ()
     reason: str = ""
 
     def refusal(self, op: Op) -> str | None:
         """The first reason why this row does not serve ``op``, or ``None``."""
         for guard in self.guards:
             reason = guard(op)
+            if reason is not None:
+                return reason
+        return None
+
+    def misfit(self, op: Op, qconfig: QConfig) -> str | None:
+        """The first reason why ``qconfig`` is not served for ``op``, or ``None``."""
+        for guard in self.qconfig_guards:
+            reason = guard(op, qconfig)
             if reason is not None:
                 return reason
         return None
@@ -97,11 +122,16 @@ class Target:
         rows: kind -> row.
         executes: the graph is lowered to kernels; otherwise it stays a float graph with
             quantize and dequantize.
+        select_kernel: ``(op, epilogues, *, integers)`` -> the kernel that will run a convolution or
+            linear on this machine, whose sums the weights must not overflow.
+        allow: the list of a backend config that the rows were narrowed to, if they were.
     """
 
     name: str
     rows: Mapping[str, Row]
     executes: bool = True
+    select_kernel: Callable[..., KernelChoice] | None = None
+    allow: AllowList | None = None
 
     def saturation(self, spec: QuantSpec) -> tuple[int, int]:
         """The integers at which a value of ``spec`` saturates: those of its range.

@@ -14,6 +14,8 @@ from fxquant.targets.guards import (
     constant_hyperparameters,
     evaluation_statistics,
     four_or_five_dimensional,
+    layered_evaluation,
+    looks_up_plainly,
     no_indices,
     no_wrong_fast_path,
     resizes_by_integers,
@@ -21,6 +23,7 @@ from fxquant.targets.guards import (
     zero_constant_padding,
     zero_padding_mode,
 )
+from fxquant.targets.saturation import kernel_for
 from fxquant.targets.table import Epilogue, OutputPolicy, Role, Row, Target
 
 _SATURATION = dict.fromkeys(
@@ -108,7 +111,46 @@ ROWS: tuple[Row, ...] = (
         weight_dtypes=(torch.int8,),
         weight_axis=0,
         float_output=True,
+        dynamic="quantized::linear_dynamic",
         epilogues=_LINEAR_EPILOGUES,
+    ),
+    *(
+        Row(
+            kind=kind,
+            role=Role.COMPUTE,
+            static=False,
+            dynamic=f"aten::quantized_{kind}",
+            weight_axis=0,
+            guards=(layered_evaluation,),
+        )
+        for kind in ("lstm", "gru")
+    ),
+    *(
+        Row(
+            kind=f"{kind}_cell",
+            role=Role.COMPUTE,
+            static=False,
+            dynamic=f"quantized::quantized_{functions}_cell_dynamic",
+            dynamic_quant_max=127,
+            weight_axis=0,
+        )
+        for kind, functions in (("lstm", "lstm"), ("gru", "gru"), ("rnn", "rnn_{tanh,relu}"))
+    ),
+    *(
+        Row(
+            kind=kind,
+            role=Role.COMPUTE,
+            static=False,
+            weight_only=kernel,
+            weight_dtypes=(torch.uint8,),
+            weight_axis=0,
+            symmetric_weight=False,
+            guards=(looks_up_plainly,),
+        )
+        for kind, kernel in (
+            ("embedding", "quantized::embedding_{byte,4bit}"),
+            ("embedding_bag", "quantized::embedding_bag_{byte,4bit}"),
+        )
     ),
     Row(
         kind="matmul",
@@ -199,7 +241,7 @@ ROWS: tuple[Row, ...] = (
     ),
 )
 
-X86 = Target(name="x86", rows={row.kind: row for row in ROWS})
+X86 = Target(name="x86", rows={row.kind: row for row in ROWS}, select_kernel=kernel_for)
 
 NO_INT8_KERNEL = (
     "PyTorch has no int8 kernel for '{kind}' that beats float; it runs in FP32 between a"

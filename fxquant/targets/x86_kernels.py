@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from fxquant.kernels import chunk, split, tensor_split
 from fxquant.targets.emit_common import BYTES, QUANTIZED, Emitter
 from fxquant.targets.emit_convolution import emit_convolution
+from fxquant.targets.emit_dynamic import emit_cell, emit_embedding, emit_recurrent
 from fxquant.targets.emit_elementwise import (
     emit_batch_norm,
     emit_binary,
@@ -38,6 +39,9 @@ EMITTERS: dict[str, Emitter] = {
         ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), emit_convolution_transpose
     ),
     "linear": emit_linear,
+    **dict.fromkeys(("lstm", "gru"), emit_recurrent),
+    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_cell"), emit_cell),
+    **dict.fromkeys(("embedding", "embedding_bag"), emit_embedding),
     "matmul": emit_matmul,
     "batch_norm": emit_batch_norm,
     "add": emit_binary,

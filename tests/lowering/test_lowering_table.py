@@ -261,8 +261,8 @@ def _model(kind: str, spelling: tuple[str, Any, tuple[Any, ...]]) -> Sandwich:
 
 
 def test_every_row_has_a_case() -> None:
-    lowered = {kind for kind, row in X86.rows.items() if row.role is not Role.FLOAT}
-    assert lowered == set(ROWS)
+    lowered = {kind for kind, row in X86.rows.items() if row.role is not Role.FLOAT and row.static}
+    assert lowered == set(ROWS)  # those of float activations: test_lowering_dynamic
 
 
 def test_every_form_has_a_case() -> None:
