@@ -8,7 +8,7 @@ Integer-Arithmetic-Only Inference", section 3.2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -21,6 +21,7 @@ from fxquant.op_view import Op, kind_of
 from fxquant.parameters import store_parameter
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult, Refusal
 from fxquant.patterns.library import FOLD_PATTERNS
+from fxquant.patterns.listed import listed_fold
 from fxquant.patterns.matcher import MatchReport, match_all
 from fxquant.rewriter import GraphRewriter
 
@@ -65,7 +66,9 @@ class FoldBatchNorm(Pass):
 
 
 def _matches(gm: QuantGraphModule, context: PassContext) -> MatchReport:
-    report = match_all(gm, FOLD_PATTERNS)
+    listed = listed_fold(context.target)
+    patterns = [replace(pattern, guards=(*listed, *pattern.guards)) for pattern in FOLD_PATTERNS]
+    report = match_all(gm, patterns)
     _refuse_training(gm, report)
     _warn_of_rank(report, context)
     return report

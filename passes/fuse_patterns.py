@@ -10,6 +10,7 @@ from fxquant.metadata import FusionRecord, add_reason, record_of, update_record
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult, Refusal
 from fxquant.passes.propagate_qconfigs import DEFAULT
 from fxquant.patterns.library import FUSION_PATTERNS
+from fxquant.patterns.listed import listed_chain
 from fxquant.patterns.match import Match, Reason, because
 from fxquant.patterns.matcher import match_all
 from fxquant.patterns.pattern import Pattern, guard
@@ -51,8 +52,9 @@ class FusePatterns(Pass):
 
     def run(self, gm: QuantGraphModule, context: PassContext) -> PassResult:
         """Mark every match; near misses become reasons of their ops."""
+        listed = listed_chain(context.target)
         patterns = [
-            replace(pattern, guards=(*pattern.guards, same_qconfig))
+            replace(pattern, guards=(*pattern.guards, *listed, same_qconfig))
             for pattern in FUSION_PATTERNS
             if supports(context.target, pattern)
         ]
