@@ -41,6 +41,7 @@ class Fact(Enum):
     ABSORBED = "clamps that the output range expresses are gone"
     CANCELLED = "no redundant quantize and dequantize"
     MODULES_INLINED = "ops that stay in floating point are function calls"
+    WEIGHTS_FIT = "no weight overflows the sums of a kernel of this machine"
     LOWERED = "ops are kernels of the target"
     BOUNDARY_GUARDED = "inputs are checked and outputs have the float model's layout"
     PACKED = "packed constants exist"

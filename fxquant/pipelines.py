@@ -7,6 +7,7 @@ from fxquant.passes.absorb_clamps import AbsorbClamps
 from fxquant.passes.annotate import Annotate
 from fxquant.passes.cancel_quantize import CancelQuantize
 from fxquant.passes.correct_bias import CorrectBias
+from fxquant.passes.fit_weights import FitWeights
 from fxquant.passes.fold_batch_norm import FoldBatchNorm
 from fxquant.passes.fold_channel_scale import FoldChannelScale
 from fxquant.passes.functionalize import Functionalize
@@ -88,6 +89,7 @@ def lowering_pipeline() -> Pipeline:
     return Pipeline(
         "lower",
         (
+            FitWeights(),  # a graph from another machine may overflow kernels of this one
             Lower(),  # kernels, in graph order
             GuardBoundary(),  # callers see the float model's inputs and outputs
             Prepack(),  # weights packed once, not per call

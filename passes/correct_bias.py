@@ -16,12 +16,12 @@ from torch import Tensor, fx
 from fxquant.channel_mean import ChannelMean
 from fxquant.graph_module import QuantGraphModule
 from fxquant.metadata import Annotation, add_reason, record_of
-from fxquant.observed import weight_qparams
 from fxquant.op_view import Op, op_of
 from fxquant.parameters import store_parameter
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult, Refusal
 from fxquant.rewriter import GraphRewriter
 from fxquant.specs import dequantize, quantize
+from fxquant.weight_fit import WeightFitter
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class CorrectBias(Pass):
         """Correct in graph order; the size of each correction is kept in the op's reasons."""
         rewriter = GraphRewriter(gm, self.name)
         uses = _uses(gm)
+        fitter = WeightFitter(gm, context.target.select_kernel)
         refusals = []
         for node in list(gm.graph.nodes):
             if node.op != "call_module":
@@ -49,7 +50,7 @@ class CorrectBias(Pass):
                 continue
             source = node.all_input_nodes[0]
             for reader in list(node.users):
-                reason = self._correct(rewriter, reader, watcher.mean, uses)
+                reason = self._correct(rewriter, reader, watcher.mean, uses, fitter)
                 if reason is not None:
                     refusals.append(Refusal(node=reader.name, reason=reason))
             rewriter.replace_uses(node, source)
@@ -57,7 +58,12 @@ class CorrectBias(Pass):
         return PassResult(changes=rewriter.finish(), refusals=tuple(refusals))
 
     def _correct(
-        self, rewriter: GraphRewriter, node: fx.Node, mean: Tensor | None, uses: dict[str, int]
+        self,
+        rewriter: GraphRewriter,
+        node: fx.Node,
+        mean: Tensor | None,
+        uses: dict[str, int],
+        fitter: WeightFitter,
     ) -> str | None:
         op, annotation = op_of(rewriter.gm, node), record_of(node).annotation
         if op is None or annotation is None or annotation.weight is None:
@@ -68,7 +74,7 @@ class CorrectBias(Pass):
             path = op.constant_path(name)
             if path is not None and uses[path] > 1:
                 return f"its {name} {path!r} serves {uses[path]} calls with inputs of their own"
-        correction = weight_shift(node, op, annotation, mean)
+        correction = weight_shift(node, op, annotation, mean, fitter)
         weight, bias = op.constant("weight"), op.constant("bias")
         assert weight is not None
         old = torch.zeros_like(correction) if bias is None else bias.detach().to(torch.float64)
@@ -78,7 +84,9 @@ class CorrectBias(Pass):
         return None
 
 
-def weight_shift(node: fx.Node, op: Op, annotation: Annotation, mean: Tensor) -> Tensor:
+def weight_shift(
+    node: fx.Node, op: Op, annotation: Annotation, mean: Tensor, fitter: WeightFitter
+) -> Tensor:
     """Mean output error of rounding the weight: ``sum((Q(W) - W) * mean)``, float64 ``[O]``.
 
     Args:
@@ -86,11 +94,14 @@ def weight_shift(node: fx.Node, op: Op, annotation: Annotation, mean: Tensor) ->
         op: convolution (weight ``[O, I / groups, ...]``) or linear (``[O, I]``).
         annotation: with the weight's spec.
         mean: mean input per channel, float64 ``[I]``.
+        fitter: gives the weight's parameters.
     """
+    path = op.constant_path("weight")
     weight, qconfig = op.constant("weight"), record_of(node).qconfig
     assert weight is not None and qconfig is not None and annotation.weight is not None
+    assert path is not None
     values = weight.detach().to(torch.float32)
-    qparams = weight_qparams(weight.detach(), annotation.weight, qconfig, node.name)
+    qparams = fitter.qparams(node, path, weight.detach(), annotation.weight, qconfig)
     error = (dequantize(quantize(values, qparams), qparams) - values).to(torch.float64)
     groups = int(op.arguments.get("groups", 1))
     per_input = error.flatten(2).sum(2) if error.dim() > 2 else error  # [O, I / groups]

@@ -25,7 +25,9 @@ class Lower(Pass):
     """Emit kernels in graph order; what an emitter refuses stays a float op and says why."""
 
     name: ClassVar[str] = "lower"
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.REFERENCE, Fact.CANCELLED})
+    requires: ClassVar[frozenset[Fact]] = frozenset(
+        {Fact.REFERENCE, Fact.CANCELLED, Fact.WEIGHTS_FIT}
+    )
     establishes: ClassVar[frozenset[Fact]] = frozenset({Fact.LOWERED})
 
     def run(self, gm: QuantGraphModule, context: PassContext) -> PassResult:

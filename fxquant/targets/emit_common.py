@@ -13,10 +13,11 @@ import torch
 from torch import fx
 
 from fxquant.clamps import CLAMP_KINDS, bounds_of
-from fxquant.kernel_probe import is_exact
-from fxquant.lowering import Representation, Site
+from fxquant.lowering import Representation, Site, Weight
 from fxquant.metadata import add_reason
-from fxquant.op_view import Op
+from fxquant.op_view import Op, attribute
+from fxquant.pairing import KernelChoice
+from fxquant.targets.saturation import refusal
 
 Emitter = Callable[[Site], str | None]
 
@@ -25,14 +26,10 @@ FLOAT_INPUT = "an input is in floating point, so there are no integers to comput
 FLOAT_WEIGHT = "its weight is in floating point"
 
 
-def saturates(form: str) -> str | None:
-    """Kernels that only oneDNN has are refused where it saturates: int8 would be plainly wrong."""
-    if is_exact(form, "onednn"):
-        return None
-    return (
-        f"oneDNN's int8 kernel saturates on this CPU (no VNNI): {form} with a float result or a"
-        " fused function has no exact kernel here"
-    )
+def refused(site: Site, weight: Weight, choice: KernelChoice) -> str | None:
+    """Why the chosen kernel must not run with this weight, or ``None``."""
+    integers = attribute(site.lowering.gm, str(weight.integers.target))
+    return refusal(choice, integers)
 
 
 PostOp = tuple[str, list[Any], str]

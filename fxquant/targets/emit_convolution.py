@@ -8,11 +8,10 @@ import torch
 from torch import fx
 
 from fxquant.clamps import CLAMP_KINDS, bounds_of
-from fxquant.kernel_probe import exact_engine
 from fxquant.kernels import accumulator, as_quantized
-from fxquant.lowering import Bound, IntValue, Lowering, Site, Weight
+from fxquant.lowering import Bound, IntValue, Site, Weight
 from fxquant.metadata import add_reason
-from fxquant.op_view import Op, attribute
+from fxquant.op_view import Op
 from fxquant.targets.emit_common import (
     BYTES,
     CONVOLUTION_POST_OPS,
@@ -24,9 +23,10 @@ from fxquant.targets.emit_common import (
     finish,
     finish_clamp,
     post_op,
-    saturates,
+    refused,
 )
 from fxquant.targets.guards import expand, resolve_padding
+from fxquant.targets.saturation import geometry_of, packed_kernel, pointwise_kernel
 
 
 def emit_convolution(site: Site) -> str | None:
@@ -67,26 +67,17 @@ def geometry(op: Op) -> tuple[list[int], list[int], list[int], int]:
     )
 
 
-def _convolution_form(lowering: Lowering, weight: Weight, groups: int) -> str:
-    """What :mod:`fxquant.kernel_probe` calls a convolution with this weight."""
-    if groups == 1:
-        return "conv"
-    return "depthwise" if _tensor(lowering, weight.integers).shape[1] == 1 else "grouped"
-
-
-def _tensor(lowering: Lowering, node: fx.Node) -> torch.Tensor:
-    value = attribute(lowering.gm, str(node.target))
-    assert isinstance(value, torch.Tensor)
-    return value
-
-
 def _emit_packed_convolution(
     site: Site, x: IntValue, weight: Weight, clamp: Op | None
 ) -> str | None:
     lowering, op = site.lowering, site.op
     dimensions = int(op.name[-2])
     stride, padding, dilation, groups = geometry(op)
-    engine = exact_engine(_convolution_form(lowering, weight, groups))
+    choice = packed_kernel(geometry_of(op))
+    reason = refused(site, weight, choice)
+    if reason is not None:
+        return reason
+    engine = choice.kernel
     packed = lowering.pack(
         "conv",
         (
@@ -121,9 +112,9 @@ def _emit_pointwise_convolution(
 ) -> str | None:
     lowering, op = site.lowering, site.op
     stride, padding, dilation, groups = geometry(op)
-    inexact = saturates(_convolution_form(lowering, weight, groups))
-    if inexact is not None:
-        return inexact
+    reason = refused(site, weight, pointwise_kernel(geometry_of(op)))
+    if reason is not None:
+        return reason
     packed = lowering.pack(
         "onednn-conv",
         (weight.integers, weight.scale, stride, padding, dilation, groups),
@@ -171,7 +162,7 @@ def _emit_residual(site: Site, x: IntValue, weight: Weight, add: Op) -> str | No
             site, lambda s: _emit_pointwise_convolution(s, x, weight, ("none", [], ""))
         )
     stride, padding, dilation, groups = geometry(op)
-    inexact = saturates(_convolution_form(lowering, weight, groups))
+    inexact = refused(site, weight, pointwise_kernel(geometry_of(op)))
     if inexact is not None:
         return inexact
     packed = lowering.pack(

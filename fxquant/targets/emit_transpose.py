@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from fxquant.clamps import bounds_of
-from fxquant.kernel_probe import exact_engine
 from fxquant.kernels import as_bytes, interleave
 from fxquant.lowering import IntValue, Site, Weight
 from fxquant.targets.emit_common import (
@@ -17,9 +16,11 @@ from fxquant.targets.emit_common import (
     clamped,
     finish,
     finish_clamp,
+    refused,
 )
 from fxquant.targets.emit_convolution import geometry
 from fxquant.targets.guards import expand, is_non_overlapping
+from fxquant.targets.saturation import transposed_kernel
 
 
 def emit_convolution_transpose(site: Site) -> str | None:
@@ -31,8 +32,12 @@ def emit_convolution_transpose(site: Site) -> str | None:
         return FLOAT_WEIGHT
     if site.quantize is None:
         return "its result is read in floating point, and the kernel writes integers"
+    choice = transposed_kernel(site.op)
+    reason = refused(site, weight, choice)
+    if reason is not None:
+        return reason
     if is_non_overlapping(site.op):
-        return _emit_non_overlapping(site, inputs[0], weight)
+        return _emit_non_overlapping(site, inputs[0], weight, choice.kernel)
     lowering, op = site.lowering, site.op
     dimensions = int(op.name[-2])
     stride, padding, dilation, groups = geometry(op)
@@ -49,7 +54,7 @@ def emit_convolution_transpose(site: Site) -> str | None:
             expand(op.arguments["output_padding"], dimensions),
             dilation,
             groups,
-            "fbgemm",
+            choice.kernel,
         ),
         at=site.last,
     )
@@ -63,19 +68,18 @@ def emit_convolution_transpose(site: Site) -> str | None:
             site.output_scale,
             site.output_zero_point,
         ),
-        f"quantized::{name} (fbgemm)",
+        f"quantized::{name} ({choice.kernel})",
     )
     return finish_clamp(site, node, clamp_epilogue(site.epilogues))
 
 
-def _emit_non_overlapping(site: Site, x: IntValue, weight: Weight) -> str | None:
+def _emit_non_overlapping(site: Site, x: IntValue, weight: Weight, engine: str) -> str | None:
     """Every output pixel reads one input pixel: a 1 x 1 convolution, then pixels in their places.
 
     46 us where the float kernel takes 395 (64 to 32 channels, 2 x 2, 28 x 28), and exact where
     fbgemm's own kernel for it is wrong.
     """
     lowering, op = site.lowering, site.op
-    engine = exact_engine("conv")
     packed = lowering.pack(
         "conv-transpose-non-overlapping",
         (weight.integers, weight.scale, weight.zero_point, op.arguments.get("bias"), engine),

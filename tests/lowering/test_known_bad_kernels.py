@@ -180,14 +180,16 @@ print(report.ok)
 
 
 def test_without_vnni_onednn_saturates_and_is_avoided() -> None:
-    """What only oneDNN can do then stays in FP32; the rest goes to fbgemm, or is depthwise."""
+    """What fbgemm can do goes to fbgemm; what only oneDNN can do gets weights that fit it."""
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     done = subprocess.run(
         [sys.executable, "-c", _PROBE], env=environment, capture_output=True, text=True, check=True
     )
     exact, kernels, right = done.stdout.strip().splitlines()
     assert exact == "['depthwise']"
-    assert kernels == "['quantized::conv2d (fbgemm)', 'onednn::qconv_pointwise[swish]']"
+    silu = "onednn::qconv_pointwise[swish]"
+    last = "onednn::qconv_pointwise[none] -> fp32"
+    assert kernels == str(["quantized::conv2d (fbgemm)", silu, silu, last])
     assert right == "True"
 
 
