@@ -67,13 +67,19 @@ from fxquant.op_rows import OpRow, Runs
 from fxquant.parity import ParityReport, parity
 from fxquant.qconfig import (
     QConfig,
+    default_dynamic_qconfig,
     default_per_channel_qconfig,
     default_qconfig,
     default_reuse_input_qconfig,
+    float16_dynamic_qconfig,
+    float_qparams_weight_only_qconfig,
+    float_qparams_weight_only_qconfig_4bit,
+    get_default_dynamic_qconfig,
     get_default_qconfig,
+    per_channel_dynamic_qconfig,
 )
 from fxquant.qconfig_mapping import QConfigMapping, get_default_qconfig_mapping
-from fxquant.quantize import quantize
+from fxquant.quantize import quantize, quantize_dynamic
 from fxquant.quantize_fx import convert_fx, convert_to_reference_fx, fuse_fx, prepare_fx
 from fxquant.range_rules import EntropyRule, MinMaxRule, MSERule, PercentileRule, TorchHistogramRule
 from fxquant.specs import QParams, QuantSpec
@@ -137,6 +143,7 @@ __all__ = [
     "calibrate",
     "convert_fx",
     "convert_to_reference_fx",
+    "default_dynamic_qconfig",
     "default_histogram_observer",
     "default_observer",
     "default_per_channel_qconfig",
@@ -145,12 +152,18 @@ __all__ = [
     "default_reuse_input_qconfig",
     "default_weight_observer",
     "explain",
+    "float16_dynamic_qconfig",
+    "float_qparams_weight_only_qconfig",
+    "float_qparams_weight_only_qconfig_4bit",
     "fuse_fx",
+    "get_default_dynamic_qconfig",
     "get_default_qconfig",
     "get_default_qconfig_mapping",
     "load",
     "parity",
+    "per_channel_dynamic_qconfig",
     "prepare_fx",
     "quantize",
+    "quantize_dynamic",
     "save",
 ]

@@ -30,7 +30,7 @@ from fxquant.op_rows import OpRow, Runs, checked, rows_of
 from fxquant.tables import Column, as_html, as_text, terminal_width
 
 _INT8_DTYPES: Final = (torch.uint8, torch.int8, torch.quint8, torch.qint8)
-_INT8_OPERATORS: Final = ("quantized::", "onednn::")
+_INT8_OPERATORS: Final = ("quantized::", "onednn::", "aten::quantized_lstm", "aten::quantized_gru")
 _LISTED: Final = 8
 
 _FP32_COLUMNS: Final = (

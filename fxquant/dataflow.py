@@ -64,7 +64,7 @@ def _float_tensor(gm: fx.GraphModule, node: fx.Node) -> bool | None:
 def _must_be_float(gm: fx.GraphModule, value: fx.Node, user: fx.Node) -> bool:
     """Whether ``user`` reads ``value`` where only a float tensor can stand."""
     kind = kind_of(gm, user)
-    if kind is None or not kind.constants or not kind.activations:
+    if kind is None or not kind.activations or not (kind.constants or kind.definition):
         return False
     return _first_activation(kind, user) is value
 

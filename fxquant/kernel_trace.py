@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxquant.inputs import BoundInterpreter
 
-_INT8_PREFIXES: Final = ("quantized::", "onednn::q", "aten::quantized_")
+_INT8_PREFIXES: Final = ("quantized::", "onednn::q", "aten::quantized_lstm", "aten::quantized_gru")
 _PREPARING: Final = ("_prepack", "_unpack")  # not arithmetic on activations
 _FLOAT_COMPUTE: Final = frozenset(
     {f"aten::conv{d}d" for d in (1, 2, 3)}

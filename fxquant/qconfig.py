@@ -380,16 +380,26 @@ class BackendDefaults:
     Attributes:
         ptq: for post-training quantization.
         qat: for quantization-aware training.
+        dynamic: for activations that are quantized at run time.
     """
 
     ptq: QConfig
     qat: QConfig
+    dynamic: QConfig = default_dynamic_qconfig
 
 
 def _backend(
-    activation: Factory, weight: Factory, qat_activation: Factory, qat_weight: Factory
+    activation: Factory,
+    weight: Factory,
+    qat_activation: Factory,
+    qat_weight: Factory,
+    dynamic_weight: Factory = default_weight_observer,
 ) -> BackendDefaults:
-    return BackendDefaults(QConfig(activation, weight), QConfig(qat_activation, qat_weight))
+    return BackendDefaults(
+        ptq=QConfig(activation, weight),
+        qat=QConfig(qat_activation, qat_weight),
+        dynamic=QConfig(default_dynamic_quant_observer, dynamic_weight),
+    )
 
 
 #: Defaults by backend. "x86" is fxquant's: the full range 0..255 and the least squared error for
@@ -401,6 +411,7 @@ BACKENDS: Final[Mapping[str, BackendDefaults]] = {
         _weight_127,
         default_fused_act_fake_quant,
         _fused_weight_127,
+        _weight_127,
     ),
     "x86-compat": _backend(
         _torch_half_range,
@@ -466,3 +477,17 @@ def get_default_qat_qconfig(backend: str = "x86") -> QConfig:
         ConfigError: another one.
     """
     return backend_defaults(backend).qat
+
+
+def get_default_dynamic_qconfig(backend: str = "x86") -> QConfig:
+    """The default for dynamic quantization on a backend: activations are quantized at run time.
+
+    ``x86`` has weights per channel within -127..127, the others torch.ao's per-tensor ones.
+
+    Args:
+        backend: ``x86``, ``x86-compat``, ``fbgemm``, ``onednn`` or ``qnnpack``.
+
+    Raises:
+        ConfigError: another one.
+    """
+    return backend_defaults(backend).dynamic

@@ -384,6 +384,12 @@ def _mark_defaults(mapping: QConfigMapping) -> QConfigMapping:
     return mapping
 
 
+def with_default_types(mapping: QConfigMapping) -> QConfigMapping:
+    """``mapping``, whose object types no user wrote: those that match nothing are not reported."""
+    mapping._default_object_types = frozenset(mapping.object_type_qconfigs)
+    return mapping
+
+
 @dataclass(frozen=True, slots=True)
 class Resolution:
     """Which qconfig governs an op, and why.

@@ -1,12 +1,14 @@
-"""``quantize``: from a float model to a checked int8 model in one call, with data or without."""
+"""``quantize`` and ``quantize_dynamic``: from a float model to an int8 model in one call."""
 
 from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Final
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fxquant.audit import audit
@@ -15,15 +17,24 @@ from fxquant.capture import capture
 from fxquant.errors import (
     CalibrationError,
     CalibrationWarning,
+    ConfigError,
     Diagnostics,
     LoweringWarning,
     MissingExampleInputsError,
 )
+from fxquant.explain import explain
 from fxquant.graph_module import QuantGraphModule
 from fxquant.moments import SampleFlow, fill_statistics
 from fxquant.op_catalog import COMPUTE_KINDS
 from fxquant.op_rows import OpRow, Runs
-from fxquant.qconfig_mapping import QConfigMapping
+from fxquant.qconfig import (
+    QConfig,
+    float16_dynamic_qconfig,
+    float_qparams_weight_only_qconfig,
+    float_qparams_weight_only_qconfig_4bit,
+    get_default_dynamic_qconfig,
+)
+from fxquant.qconfig_mapping import ObjectType, QConfigMapping, with_default_types
 from fxquant.quantize_fx import convert_fx, prepare_fx
 from fxquant.shapes import record_shapes
 
@@ -99,6 +110,117 @@ def quantize(
     int8 = convert_fx(prepared, strict=strict)
     _say_what_stays(int8, diagnostics)
     return int8
+
+
+DYNAMIC_TYPES: Final[tuple[ObjectType, ...]] = (
+    nn.Linear,
+    F.linear,
+    nn.LSTM,
+    nn.GRU,
+    nn.LSTMCell,
+    nn.GRUCell,
+    nn.RNNCell,
+)
+"""What :func:`quantize_dynamic` quantizes to int8 or float16 weights unless told otherwise."""
+
+TABLE_TYPES: Final[tuple[ObjectType, ...]] = (
+    nn.Embedding,
+    F.embedding,
+    nn.EmbeddingBag,
+    F.embedding_bag,
+)
+"""What :func:`quantize_dynamic` quantizes to tables of 8- or 4-bit integers."""
+
+
+def quantize_dynamic(
+    model: nn.Module,
+    qconfig_spec: Mapping[Any, object] | Collection[Any] | None = None,
+    dtype: torch.dtype = torch.qint8,
+    *,
+    example_inputs: Any = None,
+    target: str = "x86",
+    strict: bool = False,
+) -> QuantGraphModule:
+    """Quantize weights now and activations at run time: no calibration data are needed.
+
+    It suits linears and recurrent modules whose weights are large for the work they do
+    (transformers, LSTMs, batch 1); convolutions want :func:`quantize`.
+
+    Args:
+        model: a module in evaluation mode. It is not touched.
+        qconfig_spec: what is quantized: a dict from module class, function or module path to a
+            dynamic or weight-only qconfig (``None`` leaves it in floating point), or a set of such
+            keys, which get the default of ``dtype``. ``None`` stands for :data:`DYNAMIC_TYPES`, or
+            :data:`TABLE_TYPES` where ``dtype`` is one of tables.
+        dtype: of the weights: ``torch.qint8`` (or ``int8``), ``torch.float16`` for dynamic ops,
+            ``torch.quint8`` and ``torch.quint4x2`` for tables.
+        example_inputs: see :func:`fxquant.prepare_fx`; without them ``audit`` cannot weigh ops by
+            their multiply-accumulates, and conditions on shapes cannot be traced.
+        target: see :func:`fxquant.prepare_fx`.
+        strict: turn every warning into an error.
+
+    Returns:
+        The quantized model, which takes and gives floats.
+
+    Raises:
+        ConfigError: an unknown dtype, or a spec that is none.
+        UnmatchedRuleError: a path in ``qconfig_spec`` that the model does not have.
+    """
+    mapping = _dynamic_mapping(qconfig_spec, dtype)
+    diagnostics = Diagnostics(strict=strict)
+    prepared = prepare_fx(model, mapping, example_inputs, target=target, strict=strict)
+    made = convert_fx(prepared, strict=strict)
+    if not any(row.runs in (Runs.INT8, Runs.EMULATED) for row in explain(made).rows):
+        wanted = ", ".join(sorted(map(_key_name, _dynamic_keys(qconfig_spec, dtype))))
+        diagnostics.warn(
+            f"quantize_dynamic quantized nothing: the model calls none of {wanted} that it could;"
+            " print(explain(result)) has the reasons",
+            LoweringWarning,
+        )
+    return made
+
+
+def _dynamic_mapping(spec: Any, dtype: torch.dtype) -> QConfigMapping:
+    default = _dynamic_default(dtype)
+    mapping = QConfigMapping()
+    for key in _dynamic_keys(spec, dtype):
+        qconfig = spec[key] if isinstance(spec, Mapping) else default
+        if isinstance(key, str):
+            mapping.set_module_name(key, qconfig)
+        else:
+            mapping.set_object_type(key, qconfig)
+    return mapping if spec is not None else with_default_types(mapping)
+
+
+def _dynamic_keys(spec: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+    if isinstance(spec, (str, bytes)) or not isinstance(spec, (Collection, type(None))):
+        raise ConfigError(
+            "qconfig_spec takes a dict from module classes, functions or paths to qconfigs, or a"
+            f" set of such keys, got {spec!r}"
+        )
+    if spec is not None:
+        return tuple(spec)
+    return TABLE_TYPES if dtype in (torch.quint8, torch.quint4x2) else DYNAMIC_TYPES
+
+
+def _dynamic_default(dtype: torch.dtype) -> QConfig:
+    defaults = {
+        torch.qint8: get_default_dynamic_qconfig(),
+        torch.int8: get_default_dynamic_qconfig(),
+        torch.float16: float16_dynamic_qconfig,
+        torch.quint8: float_qparams_weight_only_qconfig,
+        torch.quint4x2: float_qparams_weight_only_qconfig_4bit,
+    }
+    if dtype not in defaults:
+        raise ConfigError(
+            f"quantize_dynamic has no default for dtype {dtype!r}; it takes"
+            f" {', '.join(map(str, defaults))}"
+        )
+    return defaults[dtype]
+
+
+def _key_name(key: object) -> str:
+    return repr(key) if isinstance(key, str) else str(getattr(key, "__name__", key))
 
 
 def estimate_ranges(

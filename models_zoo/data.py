@@ -100,7 +100,7 @@ def load_state(data_dir: Path, *parts: str) -> dict[str, Tensor]:
     return {k: v.float() if v.is_floating_point() else v for k, v in stored.items()}
 
 
-def _load_npz(path: Path) -> Any:
+def load_npz(path: Path) -> Any:
     numpy = require("numpy", distribution="numpy", purpose="reading the zoo's arrays")
     return numpy.load(path, allow_pickle=False)
 
@@ -181,7 +181,7 @@ class CifarSource:
 
     def read(self, part: str, limit: int | None = None) -> tuple[Tensor, Tensor]:
         """Images and labels of ``test_a``, ``test_b`` or ``calib_a``."""
-        with _load_npz(data_file(self.data_dir, "cifar10", f"{part}.npz")) as arrays:
+        with load_npz(data_file(self.data_dir, "cifar10", f"{part}.npz")) as arrays:
             return decode_cifar(arrays["delta"][:limit]), _labels(arrays["labels"][:limit])
 
 
@@ -201,7 +201,7 @@ class ImageNetSource:
 
     def read(self, part: str, limit: int | None = None) -> tuple[Tensor, Tensor]:
         """Images and labels of ``calib`` or ``test_a``."""
-        with _load_npz(data_file(self.data_dir, "imagenet_sample", f"{part}.npz")) as arrays:
+        with load_npz(data_file(self.data_dir, "imagenet_sample", f"{part}.npz")) as arrays:
             images = decode_jpegs(arrays["jpeg"], arrays["offsets"], limit=limit)
             return images, _labels(arrays["labels"][:limit])
 

@@ -1,4 +1,4 @@
-"""The three figures that accuracy work is judged by."""
+"""The figures that accuracy work is judged by."""
 
 from __future__ import annotations
 
@@ -68,6 +68,53 @@ def sqnr_db(reference: Tensor, other: Tensor) -> float:
     if signal == 0:
         return -math.inf
     return 10 * math.log10(signal / noise) if math.isfinite(noise) else math.nan
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Spearman's rank correlation; equal values share the mean of their ranks.
+
+    Args:
+        a: ``(N,)``.
+        b: ``(N,)``.
+
+    Raises:
+        CalibrationError: the shapes differ, or one of them is constant.
+    """
+    if a.shape != b.shape or a.dim() != 1:
+        raise CalibrationError(
+            f"spearman got shapes {tuple(a.shape)} and {tuple(b.shape)}; pass two vectors"
+        )
+    x, y = (_ranks(v) - (len(v) + 1) / 2 for v in (a, b))
+    norm = float((x * x).sum() * (y * y).sum())
+    if norm == 0.0:
+        raise CalibrationError("spearman is not defined for values that are all the same")
+    return float((x * y).sum()) / math.sqrt(norm)
+
+
+def _ranks(values: Tensor) -> Tensor:
+    _, group, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    ends = counts.cumsum(0)
+    return (ends - (counts - 1) / 2).to(torch.float64)[group]
+
+
+def equal_error_rate(scores: Tensor, same: Tensor) -> float:
+    """Percent of wrong decisions at the threshold that accepts as many as it rejects wrongly.
+
+    Args:
+        scores: ``(N,)``, larger for pairs that are alike.
+        same: ``(N,)`` bool, whether they are.
+
+    Raises:
+        CalibrationError: there is no pair of one kind.
+    """
+    alike, other = scores[same].sort().values, scores[~same].sort().values
+    if not len(alike) or not len(other):
+        raise CalibrationError("equal_error_rate needs pairs that are alike and pairs that are not")
+    thresholds = scores.unique()
+    rejected = torch.searchsorted(alike, thresholds) / len(alike)
+    accepted = 1 - torch.searchsorted(other, thresholds) / len(other)
+    best = int((rejected - accepted).abs().argmin())
+    return 50.0 * float(rejected[best] + accepted[best])
 
 
 def _percent(hits: Tensor) -> float:
