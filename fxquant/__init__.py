@@ -54,6 +54,7 @@ from fxquant.observers import (
     MovingAveragePerChannelMinMaxObserver,
     NoopObserver,
     ObserverBase,
+    PerChannelHistogramObserver,
     PerChannelMinMaxObserver,
     PlaceholderObserver,
     RecordingObserver,
@@ -81,7 +82,14 @@ from fxquant.qconfig import (
 from fxquant.qconfig_mapping import QConfigMapping, get_default_qconfig_mapping
 from fxquant.quantize import quantize, quantize_dynamic
 from fxquant.quantize_fx import convert_fx, convert_to_reference_fx, fuse_fx, prepare_fx
-from fxquant.range_rules import EntropyRule, MinMaxRule, MSERule, PercentileRule, TorchHistogramRule
+from fxquant.range_rules import (
+    EntropyRule,
+    MinMaxRule,
+    MSERule,
+    OnnxEntropyRule,
+    PercentileRule,
+    TorchHistogramRule,
+)
 from fxquant.specs import QParams, QuantSpec
 
 __all__ = [
@@ -116,9 +124,11 @@ __all__ = [
     "NotAGraphModuleError",
     "NotPreparedError",
     "ObserverBase",
+    "OnnxEntropyRule",
     "OpRow",
     "ParityReport",
     "PassContractError",
+    "PerChannelHistogramObserver",
     "PerChannelMinMaxObserver",
     "PercentileRule",
     "PlaceholderObserver",

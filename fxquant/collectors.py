@@ -13,6 +13,7 @@ collector                                      remembers
 :class:`PerChannelMinMaxCollector`             both per channel
 :class:`MovingAveragePerChannelMinMaxCollector`  their averages per channel
 :class:`HistogramCollector`                    both and a histogram
+:class:`PerChannelHistogramCollector`          both and a histogram per channel
 =============================================  =========================================
 """
 
@@ -513,6 +514,69 @@ class HistogramCollector(Collector):
         theirs._widen(self.min_val, self.max_val)
         theirs._fit_grid(int(self.exponent))
         self.histogram += theirs.histogram
+
+
+class PerChannelHistogramCollector(PerChannelMinMaxCollector):
+    """Smallest and largest value, and a histogram, of every slice along one axis.
+
+    Each channel has a :class:`HistogramCollector` of its own, in the module list ``channels``: for
+    weights, of which it sees every value. Activations have too many for it.
+
+    Args:
+        bins: the most bins in use per channel, at least 2.
+        ch_axis: the channel axis; may be negative.
+        device: where the statistics live.
+    """
+
+    channels: nn.ModuleList
+
+    def __init__(
+        self, bins: int = 2048, ch_axis: int = 0, *, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__(ch_axis, device=device)
+        HistogramCollector(bins)  # refuses what is no number of bins
+        self.bins = bins
+        self.channels = nn.ModuleList()
+
+    def observe(self, x: Tensor) -> None:
+        """Take ``x``, with the same number of channels every time, into the statistics.
+
+        Raises:
+            NonFiniteStatisticError: ``x`` holds a NaN or an infinite value.
+            CalibrationError: ``x`` has no such axis, or another number of channels than before.
+        """
+        if x.numel() == 0:
+            return
+        super().observe(x)
+        axis = self.ch_axis + x.dim() if self.ch_axis < 0 else self.ch_axis
+        for channel, values in zip(self.channels, x.detach().movedim(axis, 0), strict=True):
+            channel(values)
+
+    def to_histograms(self) -> list[Histogram]:
+        """The occupied bins of every channel.
+
+        Raises:
+            CalibrationError: nothing has been observed.
+        """
+        if not self.was_observed:
+            raise CalibrationError(f"observer{self._where()} has seen no data, so no histogram")
+        return [channel.to_histogram() for channel in self._histograms()]
+
+    def _histograms(self) -> list[HistogramCollector]:
+        return [c for c in self.channels if isinstance(c, HistogramCollector)]
+
+    def _set_channels(self, channels: int) -> None:
+        super()._set_channels(channels)
+        device = self.min_val.device
+        self.channels = nn.ModuleList(
+            HistogramCollector(self.bins, count_limit=None, device=device) for _ in range(channels)
+        )
+
+    def _absorb_statistics(self, other: "Collector") -> None:
+        assert isinstance(other, PerChannelHistogramCollector)  # absorb() compares the types
+        super()._absorb_statistics(other)
+        for mine, theirs in zip(self._histograms(), other._histograms(), strict=True):
+            mine.absorb(theirs)
 
 
 def merge(collectors: Sequence[Collector]) -> Collector:

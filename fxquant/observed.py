@@ -8,8 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxquant.collectors import (
+    Collector,
+    HistogramCollector,
+    MinMaxCollector,
+    PerChannelHistogramCollector,
+    PerChannelMinMaxCollector,
+)
 from fxquant.errors import NonFiniteStatisticError
 from fxquant.qconfig import QConfig, spec_of
+from fxquant.range_rules import MinMaxRule
 from fxquant.specs import QParams, QuantSpec, choose_qparams
 
 
@@ -110,9 +118,20 @@ def weight_qparams(weight: Tensor, spec: QuantSpec, qconfig: QConfig, name: str)
     if spec_of_observer(observer) == spec:
         observer(weight)
         return qparams_of(observer, spec)
-    if spec.ch_axis is None:
-        low, high = weight.amin(), weight.amax()
+    # The op table wants another axis, or one scale for all: the same rule on other statistics.
+    inner = getattr(observer, "activation_post_process", observer)
+    rule = getattr(inner, "rule", MinMaxRule())
+    collector: Collector
+    if isinstance(rule, MinMaxRule):
+        by_channel = spec.ch_axis is not None
+        collector = (
+            PerChannelMinMaxCollector(spec.ch_axis or 0) if by_channel else MinMaxCollector()
+        )
+    elif spec.ch_axis is None:
+        collector = HistogramCollector(count_limit=None)
     else:
-        rows = weight.movedim(spec.ch_axis, 0).flatten(1)
-        low, high = rows.amin(1), rows.amax(1)
+        collector = PerChannelHistogramCollector(ch_axis=spec.ch_axis)
+    collector.to(weight.device)
+    collector(weight)
+    low, high = rule.choose(collector, spec)
     return choose_qparams(low, high, spec)

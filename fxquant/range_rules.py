@@ -11,25 +11,38 @@ rule                        needs             minimizes or keeps
 :class:`MSERule`            a histogram       the expected squared error of quantizing
 :class:`EntropyRule`        a histogram       the Kullback-Leibler divergence of the histograms
 :class:`TorchHistogramRule` a histogram       what torch.ao's ``HistogramObserver`` minimizes
+:class:`OnnxEntropyRule`    a histogram       what ONNX Runtime's entropy calibrator minimizes
 ==========================  ================  ==================================================
+
+Those that need a histogram take one per tensor (``HistogramObserver``) or one per channel
+(``PerChannelHistogramObserver``), and choose each channel's range from its own.
 """
 
 from __future__ import annotations
 
 import struct
+from abc import abstractmethod
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
-from typing import Final, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import ClassVar, Final, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fxquant.collectors import Collector, Histogram, HistogramCollector
+from fxquant.collectors import (
+    Collector,
+    Histogram,
+    HistogramCollector,
+    PerChannelHistogramCollector,
+)
 from fxquant.errors import ConfigError
 from fxquant.specs import QuantSpec
 
 # Bins times candidates evaluated at once: bounds the scratch memory of a search to some MiB.
 _EVALUATIONS_AT_ONCE: Final[int] = 1 << 18
+# Of the mirrored histogram of OnnxEntropyRule, whose search is quadratic in them.
+_MOST_BINS_A_SIDE: Final[int] = 2048
 
 
 @runtime_checkable
@@ -50,8 +63,61 @@ class MinMaxRule:
         return collector.min_val.clone(), collector.max_val.clone()
 
 
+class _HistogramRule:
+    """A rule that makes a range of one histogram: of the tensor's, or of each channel's."""
+
+    __slots__ = ()
+
+    #: Whether what the rule measures holds for a zero point that is no integer.
+    any_zero_point: ClassVar[bool] = False
+
+    def choose(self, collector: Collector, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        """The range of the tensor, 0-d, or of every channel, ``[C]``.
+
+        Raises:
+            ConfigError: the collector holds no histogram, or one for the whole tensor where the
+                spec is per channel (or the other way round), or the rule is not defined for the
+                spec.
+        """
+        name = type(self).__name__
+        by_channel = isinstance(collector, PerChannelHistogramCollector)
+        if not by_channel and not isinstance(collector, HistogramCollector):
+            raise ConfigError(
+                f"{name} needs a histogram, but {type(collector).__name__} keeps none; use"
+                " HistogramObserver, PerChannelHistogramObserver, or MinMaxRule"
+            )
+        if spec.is_float:
+            raise ConfigError(f"{name} chooses a range of integers; {spec.short()} is a cast")
+        if spec.is_per_channel != by_channel:
+            kind = "PerChannelHistogramObserver" if spec.is_per_channel else "HistogramObserver"
+            raise ConfigError(
+                f"{name} cannot make ranges for {spec.short()} of what {type(collector).__name__}"
+                f" keeps; use {kind}"
+            )
+        if spec.has_float_zero_point and not self.any_zero_point:
+            raise ConfigError(
+                f"{name} measures integers with an integer zero point; for {spec.short()} use"
+                " PercentileRule, or PerChannelMinMaxObserver"
+            )
+        if isinstance(collector, PerChannelHistogramCollector):
+            single = replace(spec, qscheme=_PER_TENSOR[spec.is_symmetric], ch_axis=None)
+            ranges = [self.range_of(h, single) for h in collector.to_histograms()]
+            ends = torch.tensor(ranges, dtype=torch.float32)
+            return ends[:, 0].contiguous(), ends[:, 1].contiguous()
+        assert isinstance(collector, HistogramCollector)
+        low, high = self.range_of(collector.to_histogram(), spec)
+        return _pair(low, high)
+
+    @abstractmethod
+    def range_of(self, histogram: Histogram, spec: QuantSpec) -> tuple[float, float]:
+        """The range of one histogram for a per-tensor spec: ``(min_val, max_val)``."""
+
+
+_PER_TENSOR: Final = {False: torch.per_tensor_affine, True: torch.per_tensor_symmetric}
+
+
 @dataclass(frozen=True, slots=True)
-class PercentileRule:
+class PercentileRule(_HistogramRule):
     """Keep the range between two quantiles: ``[Q(1 - p), Q(p)]``, exact to a histogram bin.
 
     The extremes are kept at an end that holds no more than its share, and a range that was
@@ -61,6 +127,8 @@ class PercentileRule:
         p: the quantile of the upper end, in (0.5, 1]; 0.9999 cuts one value in ten thousand.
     """
 
+    any_zero_point: ClassVar[bool] = True
+
     p: float = 0.9999
 
     def __post_init__(self) -> None:
@@ -68,13 +136,8 @@ class PercentileRule:
         if not 0.5 < self.p <= 1.0:
             raise ConfigError(f"PercentileRule(p) must be in (0.5, 1], got {self.p!r}")
 
-    def choose(self, collector: Collector, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-        """The two quantiles.
-
-        Raises:
-            ConfigError: the collector holds no histogram.
-        """
-        histogram = _histogram_of(collector, self)
+    def range_of(self, histogram: Histogram, spec: QuantSpec) -> tuple[float, float]:
+        """The two quantiles."""
         edges = histogram.edges()
         cumulative = torch.cat((torch.zeros(1, dtype=torch.float64), histogram.counts.cumsum(0)))
         low = _quantile(edges, cumulative, 1.0 - self.p)
@@ -83,11 +146,11 @@ class PercentileRule:
             low = histogram.min_val
         if histogram.max_val <= 0:
             high = histogram.max_val
-        return _pair(low, high)
+        return low, high
 
 
 @dataclass(frozen=True, slots=True)
-class MSERule:
+class MSERule(_HistogramRule):
     """Minimize the expected squared error of quantizing, over both ends of the range.
 
     The error of a candidate is integrated in closed form, taking values as uniform within a bin:
@@ -113,15 +176,8 @@ class MSERule:
                 f"{self.refinements}"
             )
 
-    def choose(self, collector: Collector, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-        """The range of least expected error.
-
-        Raises:
-            ConfigError: the collector holds no histogram.
-        """
-        histogram = _histogram_of(collector, self)
-        if spec.is_float or spec.is_per_channel or spec.fixed is not None:
-            return _pair(histogram.min_val, histogram.max_val)
+    def range_of(self, histogram: Histogram, spec: QuantSpec) -> tuple[float, float]:
+        """The range of least expected error."""
         if spec.is_symmetric:
             largest = max(abs(histogram.min_val), abs(histogram.max_val))
             ends = (0.0, largest)
@@ -129,14 +185,14 @@ class MSERule:
             ends = (max(-histogram.min_val, 0.0), max(histogram.max_val, 0.0))
         best = _search(histogram, spec, ends, self.points, self.refinements)
         if spec.is_symmetric:
-            return _pair(-best[1], best[1])
+            return -best[1], best[1]
         low = histogram.min_val if best[0] >= ends[0] else -best[0]
         high = histogram.max_val if best[1] >= ends[1] else best[1]
-        return _pair(low, high)
+        return low, high
 
 
 @dataclass(frozen=True, slots=True)
-class EntropyRule:
+class EntropyRule(_HistogramRule):
     """Minimize the information lost, measured between the value histograms.
 
     For a clipping magnitude ``t`` the values outside ``[-t, t]`` are moved to the ends (giving the
@@ -157,31 +213,24 @@ class EntropyRule:
         if self.candidates < 2:
             raise ConfigError(f"EntropyRule needs candidates >= 2, got {self.candidates}")
 
-    def choose(self, collector: Collector, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-        """The range of least divergence.
-
-        Raises:
-            ConfigError: the collector holds no histogram.
-        """
-        histogram = _histogram_of(collector, self)
-        if spec.is_float or spec.is_per_channel:
-            return _pair(histogram.min_val, histogram.max_val)
+    def range_of(self, histogram: Histogram, spec: QuantSpec) -> tuple[float, float]:
+        """The range of least divergence."""
         largest = max(abs(histogram.min_val), abs(histogram.max_val))
         # Fewer bins than levels would all be kept apart, so nothing could be lost.
         smallest = _distance_from_zero(histogram) + spec.levels * histogram.width
         best = (float("inf"), histogram.min_val, histogram.max_val)
         if smallest >= largest:
-            return _pair(best[1], best[2])
+            return best[1], best[2]
         for magnitude in torch.linspace(smallest, largest, self.candidates).tolist():
             low, high = max(histogram.min_val, -magnitude), min(histogram.max_val, magnitude)
             divergence = _divergence(histogram, low, high, spec.levels)
             if divergence <= best[0]:
                 best = (divergence, low, high)
-        return _pair(best[1], best[2])
+        return best[1], best[2]
 
 
 @dataclass(frozen=True, slots=True)
-class TorchHistogramRule:
+class TorchHistogramRule(_HistogramRule):
     """The range that torch.ao's ``HistogramObserver`` finds on the same histogram.
 
     Starting from the whole histogram, the end whose next quantile step (``step`` of the values)
@@ -202,20 +251,108 @@ class TorchHistogramRule:
         if not 0.0 < self.step < 0.5:
             raise ConfigError(f"TorchHistogramRule(step) must be in (0, 0.5), got {self.step!r}")
 
-    def choose(self, collector: Collector, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-        """The range at which the greedy search stops.
-
-        Raises:
-            ConfigError: the collector holds no histogram.
-        """
-        histogram = _histogram_of(collector, self)
-        if spec.is_float or spec.is_per_channel:
-            return _pair(histogram.min_val, histogram.max_val)
+    def range_of(self, histogram: Histogram, spec: QuantSpec) -> tuple[float, float]:
+        """The range at which the greedy search stops."""
         levels = 2 ** torch.iinfo(spec.dtype).bits
         first, last = greedy_bins(histogram.counts, levels, self.step)
         low = histogram.low + first * histogram.width
         high = histogram.low + (last + 1) * histogram.width
-        return _pair(max(low, histogram.min_val), min(high, histogram.max_val))
+        return max(low, histogram.min_val), min(high, histogram.max_val)
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxEntropyRule(_HistogramRule):
+    """The range that ONNX Runtime's entropy calibrator finds on the same histogram.
+
+    Ranges grow bin by bin around zero, to both sides alike, and are cut to what was seen. It
+    differs from :class:`EntropyRule` in what it compares: the range always has ``levels`` cells,
+    used or not (of a ReLU half of them are below zero); a remainder of bins that does not fill the
+    last cell is lost from the approximation; counts are whole; the spike at zero counts in full.
+    So it cuts deep into one-sided data, see docs/configuration.md. For models that have to agree
+    with ONNX Runtime's, ``CalibraterEntropy`` with ``num_quantized_bins=levels``.
+
+    Args:
+        levels: how many cells the values are pooled to, at least 2; ONNX Runtime's default is 128.
+    """
+
+    levels: int = 128
+
+    def __post_init__(self) -> None:
+        """Refuse fewer cells than an approximation has."""
+        if self.levels < 2:
+            raise ConfigError(f"OnnxEntropyRule needs levels >= 2, got {self.levels}")
+
+    def range_of(self, histogram: Histogram, spec: QuantSpec) -> tuple[float, float]:
+        """The range of least divergence around zero, cut to what was seen."""
+        first = round(histogram.low / histogram.width)  # a whole number of bins from zero
+        number, width = torch.arange(len(histogram.counts)) + first, histogram.width
+        # Bins far from zero for their width are merged, or there would be millions between.
+        while max(-int(number[0]), int(number[-1]) + 1) > _MOST_BINS_A_SIDE:
+            number, width = torch.div(number, 2, rounding_mode="floor"), 2 * width
+        half = max(-int(number[0]), int(number[-1]) + 1, 1)
+        counts = torch.zeros(2 * half, dtype=torch.int64)
+        counts.index_add_(0, number + half, histogram.counts.long())
+        begin, end = symmetric_bins(counts, self.levels)
+        low, high = (begin - half) * width, (end - half) * width
+        return max(low, histogram.min_val), min(high, histogram.max_val)
+
+
+def symmetric_bins(counts: Tensor, levels: int) -> tuple[int, int]:
+    """The bins that :class:`OnnxEntropyRule` keeps of a histogram around zero.
+
+    Args:
+        counts: int64 ``[K]``, of equally wide bins, zero at the left edge of bin ``K // 2``.
+        levels: cells to pool to.
+
+    Returns:
+        ``(begin, end)``: edges, ``0 <= begin < end <= K``; all bins where there are no more than
+        ``levels``.
+    """
+    values = counts.numpy()
+    zero, size = len(values) // 2, len(values)
+    total, before = values.sum(), np.concatenate([[0], np.cumsum(values)])
+    best: tuple[float, int, int] = (float("inf"), 0, size)
+    for half in range(levels // 2, zero + 1):
+        begin, end = zero - half, min(zero + half + 1, size)
+        inside = values[begin:end]
+        clipped = inside.copy()
+        clipped[0] += before[begin]
+        clipped[-1] += total - before[end]
+        divergence = _smoothed_divergence(clipped, _pooled(inside, clipped != 0, levels))
+        if divergence < best[0]:
+            best = (divergence, begin, end)
+    return best[1], best[2]
+
+
+def _pooled(inside: np.ndarray, occupied: np.ndarray, levels: int) -> np.ndarray:
+    """``inside`` pooled to ``levels`` cells, each spread over its bins as a whole number."""
+    width = len(inside) // levels
+    used = width * levels
+    cells = inside[:used].reshape(levels, width).sum(1)
+    cells[-1] += inside[used:].sum()
+    members = occupied[:used].reshape(levels, width).sum(1)
+    spread = np.zeros(len(inside), dtype=np.int64)
+    spread[:used] = np.repeat((cells / np.maximum(members, 1)).astype(np.int64), width)
+    spread[:used][np.repeat(members == 0, width)] = 0
+    return spread
+
+
+def _smoothed_divergence(p: np.ndarray, q: np.ndarray) -> float:
+    """``KL(p || q)`` in float32, with empty bins raised a little at the cost of the others."""
+    smooth = []
+    for counts in (p, q):
+        empty = counts == 0
+        empties = int(empty.sum())
+        if empties == len(counts):
+            return float("inf")
+        share = 1e-4 * empties / (len(counts) - empties)
+        values = counts.astype(np.float32)
+        values += 1e-4 * empty.astype(np.float32) + -share * (~empty).astype(np.float32)
+        if (values <= 0).any():
+            return float("inf")
+        smooth.append(1.0 * values / np.sum(values))
+    left, right = smooth
+    return float(np.sum(left * np.log(left / right)))
 
 
 def greedy_bins(counts: Tensor, levels: int, step: float = 1e-5) -> tuple[int, int]:
@@ -280,15 +417,6 @@ def _density_error(counts: Tensor, first: int, last: int, levels: int) -> float:
     error = error + (cell_end - cell_begin - 1) * cube_between(-full, full)
     error = error + cube_between(-full, end - (cell_end + 0.5) * cell)
     return float((counts * error).sum())
-
-
-def _histogram_of(collector: Collector, rule: object) -> Histogram:
-    if not isinstance(collector, HistogramCollector):
-        raise ConfigError(
-            f"{type(rule).__name__} needs a histogram, but {type(collector).__name__} keeps none; "
-            "use HistogramObserver, or MinMaxRule"
-        )
-    return collector.to_histogram()
 
 
 def _pair(low: float, high: float) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,11 +20,13 @@ from fxquant.range_rules import (
     EntropyRule,
     MinMaxRule,
     MSERule,
+    OnnxEntropyRule,
     PercentileRule,
     RangeRule,
     TorchHistogramRule,
     expected_error,
     greedy_bins,
+    symmetric_bins,
 )
 from fxquant.specs import QuantSpec, choose_qparams, fake_quantize
 
@@ -32,6 +37,7 @@ SPECS = {"u8": U8, "u4": U4, "s8": S8}
 SEARCHING: list[RangeRule] = [
     MSERule(),
     EntropyRule(),
+    OnnxEntropyRule(),
     TorchHistogramRule(),
     PercentileRule(),
 ]
@@ -304,3 +310,72 @@ def test_torch_rule_on_our_bins_is_close_to_torch_ao(name: str) -> None:
     # The greedy search stops where its error first grows, which depends on the bins: the widths
     # differ by up to two, and the two searches may stop some steps apart.
     assert abs(float(ours.scale) / theirs_scale - 1) <= 0.1
+
+
+# ----------------------------------------------------------------------------- ONNX Runtime
+
+
+def _onnxruntime_entropy(levels: int, bins: int, *batches: Tensor) -> tuple[object, object]:
+    """ONNX Runtime's collector after ``batches``, and the thresholds that it finds."""
+    calibrate = pytest.importorskip("onnxruntime.quantization.calibrate")
+    collector = calibrate.HistogramCollector("entropy", False, bins, levels, None, None)
+    with contextlib.redirect_stdout(io.StringIO()):
+        for batch in batches:
+            collector.collect({"x": batch.numpy()})
+        found = collector.compute_collection_result()["x"]
+    return collector.get_histogram_dict()["x"], found
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(("bins", "levels"), [(128, 128), (256, 128), (600, 128), (501, 33)])
+@pytest.mark.parametrize("name", NAMES)
+def test_symmetric_bins_are_those_of_onnx_runtime(name: str, bins: int, levels: int) -> None:
+    x = sample(name)
+    histogram, found = _onnxruntime_entropy(levels, bins, x[:9000], x[9000:])
+    counts, edges, least, most = histogram[:4]  # type: ignore[index]
+    begin, end = symmetric_bins(torch.from_numpy(counts), levels)
+    assert max(edges[begin], least) == found[0]  # type: ignore[index]
+    assert min(edges[end], most) == found[1]  # type: ignore[index]
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("name", NAMES)
+def test_the_onnx_rule_is_onnx_runtimes_on_the_same_histogram(name: str) -> None:
+    """Its thresholds on our bins, mirrored around zero as its own are."""
+    calibrate = pytest.importorskip("onnxruntime.quantization.calibrate")
+    x = sample(name)
+    histogram = collected(x, 512, count_limit=None).to_histogram()
+    low, high = OnnxEntropyRule().choose(collected(x, 512, count_limit=None), U8)
+    left = histogram.low + histogram.width * np.arange(len(histogram.counts))
+    width = histogram.width
+    while max(-left.min(), left.max() + histogram.width) / width > 2048:
+        width *= 2  # bins far from zero are merged
+    half = round(max(-np.floor(left.min() / width), np.floor(left.max() / width) + 1))
+    edges = (np.arange(2 * half + 1) - half) * width
+    counts, _ = np.histogram(left, bins=edges, weights=histogram.counts.numpy().astype(np.int64))
+    edges = edges.astype(np.float32)
+    ends = np.float32(histogram.min_val), np.float32(histogram.max_val)
+    theirs = calibrate.HistogramCollector("entropy", False, 512, 128, None, None)
+    found = theirs.get_entropy_threshold((counts, edges, *ends), 128)
+    assert (float(low), float(high)) == (float(found[0]), float(found[1]))
+
+
+def test_the_onnx_rule_keeps_everything_where_it_has_one_candidate() -> None:
+    """As ONNX Runtime's default of 128 bins for 128 levels."""
+    x = sample("normal")
+    for bins in (16, 100):
+        collector = collected(x, bins)
+        assert OnnxEntropyRule().choose(collector, U8) == MinMaxRule().choose(collector, U8)
+
+
+def test_entropy_keeps_of_a_relu_what_onnx_runtime_cuts() -> None:
+    """The figures of docs/configuration.md."""
+    x = sample("relu", 50_000)
+    collector = collected(x, count_limit=None)
+    ratios = {}
+    for rule in (EntropyRule(), OnnxEntropyRule(), MSERule()):
+        error = error_of(x, rule.choose(collector, U8), U8)
+        ratios[type(rule).__name__] = 10 * math.log10(float(x.double().square().mean()) / error)
+    assert ratios["EntropyRule"] > 43
+    assert ratios["OnnxEntropyRule"] < 35
+    assert ratios["MSERule"] > 45
