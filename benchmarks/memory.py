@@ -20,7 +20,6 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from fxquant.audit import audit
 from fxquant.calibration import calibrate
 from fxquant.models_zoo.registry import load
 from fxquant.quantize_fx import convert_fx, prepare_fx
@@ -80,7 +79,6 @@ def measure(model: nn.Module, x: torch.Tensor) -> MemoryCost:
     int8, convert, left = _measured(lambda: convert_fx(prepared))
     with torch.no_grad():
         _, _, called = _measured(lambda: (int8(x), None)[1])
-    audit(int8, (x,))
     shares = (round(value / size, 3) for value in (prepare, kept, convert, left, called))
     return MemoryCost(
         parameters=size,

@@ -315,6 +315,7 @@ class _Confirmation:
     def of(self, report: AuditReport) -> AuditReport:
         """``report`` with what the profiler says."""
         self.problems += [f"{row.name!r}: {row.reason}" for row in report.rows if _astray(row)]
+        self.gm.pack()  # packing is no part of a call, though the first one may do it
         try:
             seen = kernels_of_call(self.gm, self.bound)
             by_node, dtypes = kernels_by_node(self.gm, self.bound)

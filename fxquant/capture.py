@@ -129,7 +129,11 @@ class _Refused(Exception):
 
 
 def capture(
-    model: nn.Module, diagnostics: Diagnostics, example_inputs: object = None
+    model: nn.Module,
+    diagnostics: Diagnostics,
+    example_inputs: object = None,
+    *,
+    share: bool = False,
 ) -> QuantGraphModule:
     """Trace ``model`` into a float graph with its own modules and tensors.
 
@@ -141,18 +145,19 @@ def capture(
         diagnostics: takes the warnings.
         example_inputs: decide conditions on shapes (``if x.shape[-1] % 2:``), one branch of which
             is traced; ``None`` refuses such conditions.
+        share: let the parameters share the memory of the model's; :func:`take_apart` ends that.
 
     Raises:
         CaptureError: when the model itself, not a part of it, cannot be traced or copied.
     """
     _check_state(model, diagnostics)
     if isinstance(model, fx.GraphModule) and _only_leaves(model):
-        owned = own_copy(model)
+        owned = own_copy(model, share=share)
         assert isinstance(owned, fx.GraphModule)
         _free_names(owned, owned.graph, diagnostics)
         gm = QuantGraphModule(owned, owned.graph, type(model).__name__)
     else:
-        gm = _trace(model, diagnostics, example_inputs)
+        gm = _trace(model, diagnostics, example_inputs, share=share)
     _copy_training_flags(model, gm)
     gm.meta.update(getattr(model, "meta", {}) if isinstance(model, fx.GraphModule) else {})
     _record_scopes(gm)
@@ -207,29 +212,24 @@ def _check_state(model: nn.Module, diagnostics: Diagnostics) -> None:
         )
 
 
-def own_copy(model: nn.Module) -> nn.Module:
+def own_copy(model: nn.Module, *, share: bool = False) -> nn.Module:
     """A copy with tensors of its own; a cached tensor with history becomes one without.
+
+    Args:
+        model: what is copied.
+        share: let parameters (not buffers) be new objects that share the memory of the model's:
+            for those who replace parameters, and write into none.
 
     Raises:
         CaptureError: an attribute cannot be copied.
     """
     memo: dict[int, Any] = {}
-    seen: set[int] = set()
-    pending: list[Any] = [model]
-    while pending:
-        value = pending.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, torch.Tensor):
-            if not value.is_leaf:
-                memo[id(value)] = value.detach().clone()  # deepcopy refuses tensors with history
-        elif isinstance(value, nn.Module):
-            pending.extend(vars(value).values())
-        elif isinstance(value, Mapping):
-            pending.extend(value.values())
-        elif isinstance(value, (tuple, list, set, frozenset)):
-            pending.extend(value)
+    for tensor in _tensors_in(model):
+        if not tensor.is_leaf:
+            memo[id(tensor)] = tensor.detach().clone()  # deepcopy refuses tensors with history
+        elif share and type(tensor) is nn.Parameter:
+            # .data and not .detach(): the version counter is the model's own
+            memo[id(tensor)] = nn.Parameter(tensor.data, requires_grad=tensor.requires_grad)
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
@@ -238,6 +238,37 @@ def own_copy(model: nn.Module) -> nn.Module:
             " works on a copy so that the caller's model stays as it is. Remove or define"
             " __deepcopy__ for the attribute that refuses"
         ) from error
+
+
+def take_apart(copied: nn.Module, model: nn.Module) -> None:
+    """Give ``copied`` memory of its own for the parameters that it shares with ``model``."""
+    theirs = {t.untyped_storage()._cdata for t in _tensors_in(model) if _is_plain(t)}
+    for tensor in _tensors_in(copied):
+        if _is_plain(tensor) and tensor.untyped_storage()._cdata in theirs:
+            tensor.data = tensor.detach().clone()  # a parameter of ours: only its memory was shared
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return type(tensor) is nn.Parameter and tensor.layout is torch.strided
+
+
+def _tensors_in(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Every tensor of a model: registered, in an attribute, or in a container in one."""
+    seen: set[int] = set()
+    pending: list[Any] = [model]
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, nn.Module):
+            pending.extend(vars(value).values())
+        elif isinstance(value, Mapping):
+            pending.extend(value.values())
+        elif isinstance(value, (tuple, list, set, frozenset)):
+            pending.extend(value)
 
 
 def _only_leaves(gm: fx.GraphModule) -> bool:
@@ -249,12 +280,14 @@ def _only_leaves(gm: fx.GraphModule) -> bool:
     )
 
 
-def _trace(model: nn.Module, diagnostics: Diagnostics, example_inputs: object) -> QuantGraphModule:
+def _trace(
+    model: nn.Module, diagnostics: Diagnostics, example_inputs: object, *, share: bool
+) -> QuantGraphModule:
     islands: dict[str, str] = {}
     examples = bind_examples(type(model).forward, example_inputs)
     fixed = {} if examples is None else examples.fixed
     while True:
-        owned = own_copy(model)  # anew each time: a forward may count its calls
+        owned = own_copy(model, share=share)  # anew each time: a forward may count its calls
         before = {path: dict(vars(module)) for path, module in owned.named_modules()}
         values = None if examples is None else ExampleValues(examples.values)
         tracer = CaptureTracer(islands, values)

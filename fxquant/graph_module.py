@@ -2,14 +2,16 @@
 
 Pickling a plain ``GraphModule`` drops node metadata and renames nodes, and packed weights cannot be
 copied or saved at all. :class:`QuantGraphModule` therefore serializes its graph structurally, with
-the records of :mod:`fxquant.metadata`, and treats packed weights as caches that are rebuilt from
-plain tensors.
+the records of :mod:`fxquant.metadata`, and treats packed weights as caches that are made from plain
+tensors when they are first read.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
@@ -125,6 +127,32 @@ class GraphState:
     reference: tuple[EncodedNode, ...] = ()
 
 
+_PACKING = threading.RLock()
+_NOT_MADE = object()
+
+
+class _PackedOnDemand:
+    """A packed constant that is made when it is first read, once, whichever thread reads it.
+
+    It stands on the class, which fx makes anew for every graph module; once it is made, the
+    constant in the module's own ``__dict__`` is what Python finds first.
+    """
+
+    def __init__(self, record: PackRecord) -> None:
+        self.record = record
+
+    def __get__(self, owner: QuantGraphModule | None, _: object = None) -> Any:
+        if owner is None:
+            return self
+        from fxquant.packing import pack
+
+        with _PACKING:
+            name = self.record.name
+            if name not in owner.__dict__:
+                owner.__dict__[name] = pack(owner, self.record)
+            return owner.__dict__[name]
+
+
 class QuantGraphModule(fx.GraphModule):
     """A ``GraphModule`` with a :class:`GraphState`, faithful copies and faithful pickles."""
 
@@ -142,11 +170,13 @@ class QuantGraphModule(fx.GraphModule):
             name: root.__dict__[name] for name in packed if name in getattr(root, "__dict__", {})
         }
         super().__init__(root, graph, class_name)
-        self.__dict__["_state"] = state or GraphState()
         for name in packed:
             self._buffers.pop(name, None)
-            if name in held:
+            self.__dict__.pop(name, None)
+            if held.get(name) is not None:
                 self.__dict__[name] = held[name]
+        self.__dict__["_state"] = state or GraphState()
+        self._offer_packed()
 
     @property
     def state(self) -> GraphState:
@@ -156,6 +186,8 @@ class QuantGraphModule(fx.GraphModule):
     def update_state(self, **changes: Any) -> None:
         """Replace fields of :attr:`state`."""
         self.__dict__["_state"] = replace(self._state, **changes)
+        if "packs" in changes:
+            self._offer_packed()
 
     def add_fate(self, name: str, sentence: str) -> None:
         """Record what became of an op of the float graph that no node carries out any more."""
@@ -164,20 +196,54 @@ class QuantGraphModule(fx.GraphModule):
 
     # -- packed constants ---------------------------------------------------------------------
 
+    def _offer_packed(self) -> None:
+        for record in self._state.packs:
+            setattr(type(self), record.name, _PackedOnDemand(record))
+
+    @property
+    def unpacked(self) -> tuple[str, ...]:
+        """Names of the packed constants that nobody has read yet."""
+        return tuple(p.name for p in self._state.packs if p.name not in self.__dict__)
+
+    def pack(self) -> None:
+        """Make all packed constants now, which the first call would make otherwise."""
+        for name in self.unpacked:
+            getattr(self, name)
+
+    @contextmanager
+    def packing_put_off(self) -> Iterator[None]:
+        """Let code that only looks whether attributes are there read packed constants.
+
+        For a module that no other thread knows yet.
+        """
+        absent = self.unpacked
+        self.__dict__.update(dict.fromkeys(absent, _NOT_MADE))
+        try:
+            yield
+        finally:
+            for name in absent:
+                del self.__dict__[name]
+
     def rebuild_packed(self) -> None:
         """Make every packed constant, and every inlined number, again from the plain tensors."""
-        if not self._state.packs and self._state.stage is not Stage.LOWERED:
-            return
-        from fxquant.packing import rebind_constants, repack
+        for pack in self._state.packs:
+            self.__dict__.pop(pack.name, None)
+        self.pack()
+        self._rebind()
 
-        repack(self)
-        rebind_constants(self)
+    def _rebind(self) -> None:
+        if self._state.stage is Stage.LOWERED:
+            from fxquant.packing import rebind_constants
+
+            rebind_constants(self)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         errors = args[-1]  # what load_state_dict raises as one RuntimeError
         errors.extend(self._clamps_lost())
-        self.rebuild_packed()
+        for pack in self._state.packs:
+            self.__dict__.pop(pack.name, None)
+        self._rebind()
 
     def _clamps_lost(self) -> list[str]:
         """Absorbed clamps that the present ranges do not express."""
@@ -235,6 +301,7 @@ class QuantGraphModule(fx.GraphModule):
     # -- copies and pickles -------------------------------------------------------------------
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantGraphModule:
+        self.pack()  # both have the same constants, made once
         for pack in self._state.packs:
             packed = self.__dict__.get(pack.name)
             memo[id(packed)] = packed  # immutable: a copy may share it until it is rebuilt
@@ -244,7 +311,9 @@ class QuantGraphModule(fx.GraphModule):
         return result
 
     def __copy__(self) -> QuantGraphModule:
-        result: QuantGraphModule = super().__copy__()  # type: ignore[assignment]  # fx annotates the base class
+        self.pack()
+        result = QuantGraphModule(self, self.graph)  # fx would make a plain GraphModule
+        result.meta = self.meta
         self._complete_copy(result)
         return result
 
@@ -256,7 +325,8 @@ class QuantGraphModule(fx.GraphModule):
                 set_attribute(result, name, buffer.clone())
         for pack in self._state.packs:
             result._buffers.pop(pack.name, None)
-            result.__dict__[pack.name] = self.__dict__.get(pack.name)
+            result.__dict__[pack.name] = self.__dict__[pack.name]
+        result._offer_packed()
         for old, new in zip(self.graph.nodes, result.graph.nodes, strict=True):
             if old.name != new.name or old.op != new.op:
                 raise AssertionError(f"a copy renamed node {old.name!r} to {new.name!r}")
@@ -287,14 +357,12 @@ def _rebuild(
     training: bool,
     meta: dict[str, Any],
 ) -> QuantGraphModule:
-    from fxquant.packing import pack
-
     root = nn.Module()
     root.training = training
     for name, value in (parts | extra).items():
         set_attribute(root, name, value)
     for record in state.packs:
-        root.__dict__[record.name] = pack(root, record)
+        root.__dict__[record.name] = None  # packed when it is first read
     result = QuantGraphModule(root, decode_graph(nodes), state=state)
     for name, buffer in extra.items():
         set_attribute(result, name, buffer)

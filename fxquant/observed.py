@@ -18,6 +18,7 @@ from fxquant.collectors import (
 from fxquant.errors import NonFiniteStatisticError
 from fxquant.qconfig import QConfig, spec_of
 from fxquant.range_rules import MinMaxRule
+from fxquant.slices import all_finite
 from fxquant.specs import QParams, QuantSpec, choose_qparams
 
 
@@ -109,7 +110,7 @@ def weight_qparams(weight: Tensor, spec: QuantSpec, qconfig: QConfig, name: str)
     Raises:
         NonFiniteStatisticError: the weight holds NaN or Inf.
     """
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         raise NonFiniteStatisticError(
             f"the weight of {name!r} holds NaN or Inf; it cannot be quantized. Check the"
             " checkpoint, and the running variance of a batch-norm folded into it"

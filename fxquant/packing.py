@@ -8,24 +8,36 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fxquant.engines import consume_deprecation_warning, engine
-from fxquant.graph_module import PackRecord, QuantGraphModule
+from fxquant.graph_module import PackRecord, QuantGraphModule, set_attribute
 from fxquant.metadata import record_of
 from fxquant.op_view import attribute
 
 
-def repack(gm: QuantGraphModule) -> None:
-    """Make every packed constant of ``gm`` from its plain tensors."""
-    for record in gm.state.packs:
-        gm.__dict__[record.name] = pack(gm, record)
-
-
 def pack(root: nn.Module, record: PackRecord) -> Any:
-    """One packed constant from the plain tensors of ``root``."""
-    consume_deprecation_warning()
-    tensors = [attribute(root, name).detach() if name else None for name in record.tensors]
-    return PACKERS[record.packer].function(*tensors, *record.options)
+    """One packed constant from the plain tensors of ``root``.
+
+    It may come about inside a call, so whatever watches or fakes that call is kept out.
+    """
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        consume_deprecation_warning()
+        if record.packer == "conv":
+            _lay_out_for_conv(root, record.tensors[0])
+        tensors = [attribute(root, name).detach() if name else None for name in record.tensors]
+        return PACKERS[record.packer].function(*tensors, *record.options)
+
+
+def _lay_out_for_conv(root: nn.Module, name: str) -> None:
+    """Store a weight in channels_last, in which oneDNN keeps the original beside the packed form.
+
+    It keeps what it is given, without a copy, if that has the layout already.
+    """
+    weight = attribute(root, name)
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if weight.dim() in formats:
+        set_attribute(root, name, weight.contiguous(memory_format=formats[weight.dim()]))
 
 
 def rebind_constants(gm: QuantGraphModule) -> None:
@@ -52,10 +64,23 @@ def scalar(value: Tensor) -> float | int:
 
 
 def _quantized_weight(weight: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    """A quantized tensor on the memory of ``weight``, int8."""
+    shape = [0] * weight.dim()
     if scale.dim() == 0:
-        return torch._make_per_tensor_quantized_tensor(weight, float(scale), int(zero_point))
-    return torch._make_per_channel_quantized_tensor(
-        weight, scale.to(torch.float64), zero_point.to(torch.int64), axis
+        empty = torch._empty_affine_quantized(
+            shape, scale=float(scale), zero_point=int(zero_point), dtype=torch.qint8
+        )
+    else:
+        shape[axis] = len(scale)
+        empty = torch._empty_per_channel_affine_quantized(
+            shape,
+            scales=scale.to(torch.float64),
+            zero_points=zero_point.to(torch.int64),
+            axis=axis,
+            dtype=torch.qint8,
+        )
+    return empty.set_(
+        weight.untyped_storage(), weight.storage_offset(), weight.size(), weight.stride()
     )
 
 
@@ -140,7 +165,7 @@ def pack_onednn_conv(
     """Pack a convolution weight for ``onednn::qconv_pointwise``."""
     # The packing does not depend on the activation's parameters (checked by the tests).
     return torch.ops.onednn.qconv_prepack(
-        weight, scale.reshape(-1), 1.0, 0, stride, padding, dilation, groups, None
+        weight.contiguous(), scale.reshape(-1), 1.0, 0, stride, padding, dilation, groups, None
     )
 
 

@@ -172,10 +172,11 @@ def run_pass(
 def fingerprint(gm: QuantGraphModule) -> int:
     """A hash of the nodes, their metadata and the identity of the tensors they read."""
     parts: list[object] = []
+    packed = {record.name for record in gm.state.packs}
     for node in gm.graph.nodes:
         parts.append((node.op, node.name, str(node.target), str(node.args), str(node.kwargs)))
         parts.append(hash_of_record(record_of(node)))
-        if node.op == "get_attr":
+        if node.op == "get_attr" and str(node.target) not in packed:
             value = attribute(gm, str(node.target))
             parts.append((id(value), getattr(value, "_version", 0)))
         elif node.op == "call_module":
@@ -185,7 +186,7 @@ def fingerprint(gm: QuantGraphModule) -> int:
             parts.append((getattr(module, "inplace", None), module.training))
     parts.append(gm.state.fates)
     parts.append(gm.state.stage)
-    parts.append(tuple(p.name in gm.__dict__ for p in gm.state.packs))
+    parts.append(repr(gm.state.packs))
     return hash(tuple(parts))
 
 

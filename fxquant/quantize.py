@@ -242,7 +242,7 @@ def estimate_ranges(
         diagnostics: takes the warning that says what was done and what it costs.
     """
     quiet = Diagnostics(silent=True)  # prepare_fx has said everything about the trace already
-    graph = capture(model, quiet, example_inputs)
+    graph = capture(model, quiet, example_inputs, share=True)
     record_shapes(graph, example_inputs, quiet)
     flow = SampleFlow(graph, mean=mean, deviation=deviation)
     blind = fill_statistics(prepared, flow.run())

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from torch import fx, nn
 
-from fxquant.capture import capture, own_copy
+from fxquant.capture import capture, own_copy, take_apart
 from fxquant.errors import (
     CaptureError,
     ConfigError,
@@ -95,12 +95,13 @@ def prepare_fx(
         if qconfig_mapping is None
         else normalize(qconfig_mapping)
     )
-    gm = capture(model, diagnostics, example_inputs)
+    gm = capture(model, diagnostics, example_inputs, share=True)
     record_shapes(gm, example_inputs, diagnostics)
     gm.update_state(target=chosen.name, ledger=build_ledger(gm))
     paths = tuple(name for name, _ in model.named_modules(remove_duplicate=False))
     context = PassContext(target=chosen, diagnostics=diagnostics)
     prepare_pipeline(mapping, paths, bias_correction=bias_correction).run(gm, context)
+    take_apart(gm, model)
     return gm
 
 
@@ -163,11 +164,12 @@ def fuse_fx(
     """
     _check_module(model, "fuse_fx")
     diagnostics = Diagnostics(strict=strict)
-    gm = capture(model, diagnostics, example_inputs)
+    gm = capture(model, diagnostics, example_inputs, share=True)
     record_shapes(gm, example_inputs, diagnostics)
     gm.update_state(ledger=build_ledger(gm))
     fuse_pipeline().run(gm, PassContext(target=target_named("x86"), diagnostics=diagnostics))
     gm.update_state(stage=Stage.FUSED)
+    take_apart(gm, model)
     return gm
 
 
@@ -200,10 +202,11 @@ def _reference(
             f"incoming model must be produced by prepare_fx; this GraphModule {stage}. Call"
             f" prepare_fx(model, qconfig_mapping, example_inputs), calibrate, then {caller}"
         )
-    gm = own_copy(prepared)
+    gm = own_copy(prepared, share=True)
     assert isinstance(gm, QuantGraphModule)
     context = PassContext(
         target=target_named(gm.state.target), diagnostics=Diagnostics(strict=strict)
     )
     reference_pipeline().run(gm, context)
+    take_apart(gm, prepared)
     return gm, context

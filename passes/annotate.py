@@ -24,6 +24,7 @@ from fxquant.op_view import Op, kind_of, op_of
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
 from fxquant.patterns.aliasing import Aliasing, written_value
 from fxquant.qconfig import QConfig, spec_of
+from fxquant.slices import all_finite
 from fxquant.specs import QuantSpec
 from fxquant.targets.table import OutputPolicy, Role, Row, Target
 from fxquant.targets.x86 import NO_INT8_KERNEL
@@ -372,7 +373,7 @@ def _check_finite(node: fx.Node, op: Op) -> None:
     """Refuse NaN and Inf in a weight before its consequences are blamed on the data."""
     for name in op.kind.constants:
         value = op.constant(name)
-        if value is not None and not bool(torch.isfinite(value).all()):
+        if value is not None and not all_finite(value):
             raise NonFiniteStatisticError(
                 f"the {name} {op.constant_path(name)!r} of {node.name!r} holds NaN or Inf; it"
                 " cannot be quantized. Check the checkpoint, and the running variance of a"

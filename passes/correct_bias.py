@@ -20,6 +20,7 @@ from fxquant.op_view import Op, op_of
 from fxquant.parameters import store_parameter
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult, Refusal
 from fxquant.rewriter import GraphRewriter
+from fxquant.slices import row_slices, rows_of
 from fxquant.specs import dequantize, quantize
 from fxquant.weight_fit import WeightFitter
 
@@ -100,13 +101,17 @@ def weight_shift(
     weight, qconfig = op.constant("weight"), record_of(node).qconfig
     assert weight is not None and qconfig is not None and annotation.weight is not None
     assert path is not None
-    values = weight.detach().to(torch.float32)
-    qparams = fitter.qparams(node, path, weight.detach(), annotation.weight, qconfig)
-    error = (dequantize(quantize(values, qparams), qparams) - values).to(torch.float64)
+    weight = weight.detach()
+    qparams = fitter.qparams(node, path, weight, annotation.weight, qconfig)
     groups = int(op.arguments.get("groups", 1))
-    per_input = error.flatten(2).sum(2) if error.dim() > 2 else error  # [O, I / groups]
-    grouped = per_input.reshape(groups, -1, per_input.shape[1])
-    return torch.einsum("goi,gi->go", grouped, mean.reshape(groups, -1)).reshape(-1)
+    means = mean.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)  # [O, I / g]
+    shifts = []
+    for part in row_slices(weight):
+        values, own = weight[part].to(torch.float32), rows_of(qparams, part, weight.dim())
+        error = (dequantize(quantize(values, own), own) - values).to(torch.float64)
+        per_input = error.flatten(2).sum(2) if error.dim() > 2 else error
+        shifts.append((per_input * means[part]).sum(1))
+    return torch.cat(shifts)
 
 
 def _uses(gm: QuantGraphModule) -> dict[str, int]:

@@ -24,6 +24,7 @@ from fxquant.patterns.library import FOLD_PATTERNS
 from fxquant.patterns.listed import listed_fold
 from fxquant.patterns.matcher import MatchReport, match_all
 from fxquant.rewriter import GraphRewriter
+from fxquant.slices import scaled_rows
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,10 @@ def fold(rewriter: GraphRewriter, base: Op, norm: Op) -> None:
     weight, bias = base.constant("weight"), base.constant("bias")
     assert weight is not None
     factor, shift = affine_of(norm)
-    new_weight = weight.detach().to(torch.float64) * spread_over_outputs(base, weight, factor)
+    new_weight = scaled_rows(weight, spread_over_outputs(base, weight, factor))
     old_bias = torch.zeros_like(factor) if bias is None else bias.detach().to(torch.float64)
     new_bias = old_bias * factor + shift
-    store_parameter(rewriter, base, "weight", new_weight.to(weight.dtype), weight)
+    store_parameter(rewriter, base, "weight", new_weight, weight)
     store_parameter(rewriter, base, "bias", new_bias.to(weight.dtype), weight)
     constants = [a for a in norm.node.all_input_nodes if a.op == "get_attr"]
     rewriter.absorb(base.node, norm.node)

@@ -20,6 +20,7 @@ from fxquant.patterns.matcher import match_all
 from fxquant.patterns.pattern import guard
 from fxquant.qconfig import spec_of
 from fxquant.rewriter import GraphRewriter
+from fxquant.slices import scaled_rows
 
 
 @guard
@@ -95,8 +96,8 @@ def _fold(rewriter: GraphRewriter, match: Match) -> None:
     if base.name.startswith("conv_transpose"):
         outputs = weight.shape[1] * int(base.arguments["groups"])
     factor = factor.to(weight.device).expand(outputs)
-    wide = weight.detach().to(torch.float64) * spread_over_outputs(base, weight, factor)
-    store_parameter(rewriter, base, "weight", wide.to(weight.dtype), weight)
+    new_weight = scaled_rows(weight, spread_over_outputs(base, weight, factor))
+    store_parameter(rewriter, base, "weight", new_weight, weight)
     if bias is not None:
         store_parameter(
             rewriter, base, "bias", (bias.detach().to(torch.float64) * factor).to(bias.dtype), bias

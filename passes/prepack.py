@@ -1,4 +1,4 @@
-"""prepack: ``conv(x, pack(weight)) -> conv(x, packed)`` with a constant made once."""
+"""prepack: ``conv(x, pack(weight)) -> conv(x, packed)`` with a constant made at the first call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import fx
 
 from fxquant.graph_module import PackRecord, QuantGraphModule
 from fxquant.metadata import NodeRecord, set_record
-from fxquant.packing import PACKERS, pack
+from fxquant.packing import PACKERS
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
 from fxquant.rewriter import GraphRewriter
 
@@ -19,7 +19,8 @@ class Prepack(Pass):
     """Replace every packing call by a packed constant of the module.
 
     The plain tensors stay as buffers: they are what is saved, and packed constants are made from
-    them again after a copy, a load or an unpickling.
+    them when they are first read, also after a load or an unpickling. Whoever converts only to save
+    packs nothing.
     """
 
     name: ClassVar[str] = "prepack"
@@ -43,7 +44,6 @@ class Prepack(Pass):
                 ),
                 options=tuple(node.args[count:]),
             )
-            gm.__dict__[record.name] = pack(gm, record)
             gm.update_state(packs=(*gm.state.packs, record))
             with gm.graph.inserting_before(node):
                 constant = gm.graph.create_node("get_attr", record.name)

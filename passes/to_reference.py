@@ -31,7 +31,8 @@ from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
 from fxquant.passes.insert_observers import OBSERVER_PREFIX
 from fxquant.recurrent import weight_names
 from fxquant.rewriter import GraphRewriter
-from fxquant.specs import QParams, QuantSpec, quantize
+from fxquant.slices import quantize_rows
+from fxquant.specs import QParams, QuantSpec
 from fxquant.weight_fit import WeightFitter, tell
 
 
@@ -363,7 +364,7 @@ class _Weights:
                 qparams = in_half_precision(qparams)
             store = self.rewriter.new_buffer
             self.made[key] = (
-                store(f"{node.name}_{name}", quantize(weight.to(torch.float32), qparams)),
+                store(f"{node.name}_{name}", quantize_rows(weight, qparams)),
                 store(f"{node.name}_{name}_scale", qparams.scale.clone()),
                 store(f"{node.name}_{name}_zero_point", qparams.zero_point.clone()),
             )
