@@ -335,6 +335,26 @@ KINDS: tuple[OpKind, ...] = (
         functions=(F.group_norm,),
         modules={nn.GroupNorm: _same("num_groups", "eps")},
     ),
+    OpKind(
+        name="instance_norm",
+        signature=_signature(
+            "input running_mean running_var weight bias use_input_stats momentum eps",
+            running_mean=None,
+            running_var=None,
+            weight=None,
+            bias=None,
+            use_input_stats=True,
+            momentum=0.1,
+            eps=1e-5,
+        ),
+        constants=("running_mean", "running_var", "weight", "bias"),
+        functions=(F.instance_norm,),
+        modules={
+            nn.InstanceNorm1d: _same("eps"),
+            nn.InstanceNorm2d: _same("eps"),
+            nn.InstanceNorm3d: _same("eps"),
+        },
+    ),
     # -- arithmetic -------------------------------------------------------------------------------
     _arithmetic(
         "add",
@@ -581,7 +601,16 @@ KINDS: tuple[OpKind, ...] = (
         methods=("contiguous",),
         memory_format=torch.contiguous_format,
     ),
-    _unary("detach", (torch.detach,), methods=("detach",)),
+    _unary("detach", (torch.detach,), methods=("detach", "detach_"), inplace=("detach_",)),
+    _unary("repeat", (), extra="sizes", methods=("repeat",), variadic=True),
+    _unary(
+        "repeat_interleave",
+        (torch.repeat_interleave,),
+        extra="repeats dim output_size",
+        methods=("repeat_interleave",),
+        dim=None,
+        output_size=None,
+    ),
     _unary(
         "dropout",
         (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d),

@@ -16,6 +16,7 @@ from fxquant.passes.guard_boundary import GuardBoundary
 from fxquant.passes.inline_modules import InlineModules
 from fxquant.passes.insert_channel_means import InsertChannelMeans
 from fxquant.passes.insert_observers import InsertObservers
+from fxquant.passes.insert_shared_observers import InsertSharedObservers
 from fxquant.passes.lower import Lower
 from fxquant.passes.prepack import Prepack
 from fxquant.passes.propagate_qconfigs import PropagateQConfigs
@@ -92,6 +93,52 @@ def lowering_pipeline() -> Pipeline:
             FitWeights(),  # a graph from another machine may overflow kernels of this one
             Lower(),  # kernels, in graph order
             GuardBoundary(),  # callers see the float model's inputs and outputs
+            Prepack(),  # weights packed once, not per call
+        ),
+        given=frozenset({Fact.REFERENCE, Fact.ABSORBED, Fact.CANCELLED}),
+    )
+
+
+def compat_prepare_pipeline(mapping: QConfigMapping, known_paths: tuple[str, ...]) -> Pipeline:
+    """Float graph to prepared graph as torch.ao prepares it: every op of its list observed.
+
+    Args:
+        mapping: the user's qconfigs.
+        known_paths: module paths of the user's model, for rules that match nothing.
+    """
+    return Pipeline(
+        "compat-prepare",
+        (
+            PropagateQConfigs(mapping, known_paths),  # rules name the ops that the user wrote
+            Functionalize(),  # in-place writes would hide who reads what
+            FoldBatchNorm(),  # weights must be final before they are observed
+            FusePatterns(),  # values inside a pattern are not observed
+            Annotate(),  # specs from qconfig and op table
+            InsertSharedObservers(),  # one at every quantized value; sharing is by module
+        ),
+        # Identities and dropouts stay: they are observed like other ops.
+        given=frozenset({Fact.NO_IDENTITIES}),
+    )
+
+
+def compat_reference_pipeline() -> Pipeline:
+    """Prepared graph to quantize, float op, dequantize, one pair for each observer."""
+    return Pipeline(
+        "compat-reference",
+        (ToReference(),),  # nothing is cancelled: callers count the steps
+        given=frozenset({Fact.OBSERVED}),
+    )
+
+
+def compat_lowering_pipeline() -> Pipeline:
+    """Reference graph of the compat profile to kernels."""
+    return Pipeline(
+        "compat-lower",
+        (
+            CancelQuantize(),  # shapes are read from integers
+            InlineModules(),  # what stays in FP32 needs no module objects
+            FitWeights(),  # only where a kernel of this machine would overflow
+            Lower(),  # kernels, in graph order
             Prepack(),  # weights packed once, not per call
         ),
         given=frozenset({Fact.REFERENCE, Fact.ABSORBED, Fact.CANCELLED}),

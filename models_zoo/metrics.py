@@ -94,7 +94,8 @@ def spearman(a: Tensor, b: Tensor) -> float:
 def _ranks(values: Tensor) -> Tensor:
     _, group, counts = torch.unique(values, return_inverse=True, return_counts=True)
     ends = counts.cumsum(0)
-    return (ends - (counts - 1) / 2).to(torch.float64)[group]
+    ranks: Tensor = (ends - (counts - 1) / 2).to(torch.float64)[group]
+    return ranks
 
 
 def equal_error_rate(scores: Tensor, same: Tensor) -> float:

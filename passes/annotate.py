@@ -116,7 +116,7 @@ def _plan(
         return None
     op = op_of(gm, node)
     kind = kind_of(gm, node)
-    row = context.target.row(kind.name) if kind is not None else None
+    row = context.target.row_of(op) if op is not None else None
     if op is None or row is None:
         name = kind.name if kind is not None else str(getattr(node.target, "__name__", node.target))
         if node.op == "call_module":
@@ -494,7 +494,8 @@ class _Decision:
         wanted = self.wanted[last]
         inputs = tuple(plan.activation for _ in plan.op.activations)
         if plan.row.role is Role.SHARES:
-            return self._sharing(node, plan, wanted=wanted)
+            always = plan.row.output is OutputPolicy.ALWAYS
+            return self._sharing(node, plan, wanted=wanted or always)
         if wanted or plan.row.output is OutputPolicy.ALWAYS:
             output: QuantSpec | None = plan.activation
         elif plan.row.float_output:

@@ -56,6 +56,8 @@ def _refusal(module: nn.Module, op: Op) -> str | None:
         return f"padding_mode={op.arguments['padding_mode']!r} is not part of the function"
     if op.arguments.get("training", False):
         return "the module is in training mode, which a function call would fix for good"
+    if op.name == "instance_norm" and op.constant("running_mean") is not None:
+        return "the instance-norm reads stored statistics in evaluation only"
     if op.name == "batch_norm" and op.constant("running_mean") is None:
         return "the batch-norm computes statistics at run time even in evaluation"
     return None

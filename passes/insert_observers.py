@@ -48,7 +48,7 @@ class InsertObservers(Pass):
                 number += 1
                 observer = request.qconfig.activation()
                 observer.owner = f"{path} (output of {value.name!r})"
-                gm.add_module(path, _on_device(observer, gm))
+                gm.add_module(path, on_device(observer, gm))
                 node = rewriter.module_call(
                     path,
                     (given if request.again else value,),
@@ -161,6 +161,7 @@ def _group(value: fx.Node) -> int | None:
     return record_of(value).share_group
 
 
-def _on_device(observer: nn.Module, gm: nn.Module) -> nn.Module:
+def on_device(observer: nn.Module, gm: nn.Module) -> nn.Module:
+    """``observer`` on the device of the model's parameters, where there is one."""
     devices = {parameter.device for parameter in gm.parameters()}
     return observer.to(devices.pop()) if len(devices) == 1 else observer

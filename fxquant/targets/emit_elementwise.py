@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final
 
 import torch
 from torch import fx
 
 from fxquant.clamps import bounds_of
+from fxquant.engine_free import add, add_relu
 from fxquant.lowering import Lowering, Site
 from fxquant.metadata import shape_of
 from fxquant.op_view import Op
 from fxquant.targets.emit_common import FLOAT_INPUT, QUANTIZED, clamp_epilogue, finish, finish_clamp
+
+_BINARY: Final[dict[str, Callable[..., Any]]] = {
+    "add": add,
+    "add_relu": add_relu,
+    "mul": torch.ops.quantized.mul.default,
+    "mul_relu": torch.ops.quantized.mul_relu.default,
+}
 
 
 def emit_binary(site: Site) -> str | None:
@@ -30,7 +39,7 @@ def emit_binary(site: Site) -> str | None:
     left, right = (site.lowering.held_as(x, QUANTIZED, at=site.last) for x in inputs)
     node = site.lowering.emit(
         site,
-        getattr(torch.ops.quantized, name).default,
+        _BINARY[name],
         (left, right, site.output_scale, site.output_zero_point),
         f"quantized::{name}",
     )
@@ -86,7 +95,7 @@ def emit_batch_norm(site: Site) -> str | None:
     relu = clamp is not None and bounds_of(clamp)[0] == 0.0
     name = f"batch_norm{_spatial_dimensions(op)}d{'_relu' if relu else ''}"
     constants = [
-        _constant_node(lowering, op, c, at=site.last)
+        constant_node(lowering, op, c, at=site.last)
         for c in ("weight", "bias", "running_mean", "running_var")
     ]
     node = lowering.emit(
@@ -113,7 +122,8 @@ def _spatial_dimensions(op: Op) -> int:
     return 3 if isinstance(module, torch.nn.BatchNorm3d) else 2
 
 
-def _constant_node(lowering: Lowering, op: Op, name: str, *, at: fx.Node) -> fx.Node:
+def constant_node(lowering: Lowering, op: Op, name: str, *, at: fx.Node) -> fx.Node:
+    """A read of a copy of the constant ``name`` of ``op``, before ``at``."""
     value = op.constant(name)
     assert value is not None
     buffer = lowering.rewriter.new_buffer(f"{op.node.name}_{name}", value.detach().clone())

@@ -148,3 +148,11 @@ class Target:
     def row(self, kind: str) -> Row | None:
         """The row of a kind, or ``None``."""
         return self.rows.get(kind)
+
+    def row_of(self, op: Op) -> Row | None:
+        """The row of a call: that of ``add_scalar`` for ``x + 2`` where there is one."""
+        if len(op.kind.activations) == 2 and len(op.activations) == 1:
+            scalar = self.rows.get(f"{op.name}_scalar")
+            if scalar is not None:
+                return scalar
+        return self.rows.get(op.name)

@@ -5,13 +5,24 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fxquant.engine_free import avg_pool2d
 from fxquant.kernels import chunk, split, tensor_split
 from fxquant.targets.emit_common import BYTES, QUANTIZED, Emitter
+from fxquant.targets.emit_compat import (
+    emit_arithmetic,
+    emit_dropout,
+    emit_elu,
+    hardsigmoid,
+    repeat,
+    repeat_interleave,
+    same,
+    with_fixed_scale,
+    with_own_scale,
+)
 from fxquant.targets.emit_convolution import emit_convolution
 from fxquant.targets.emit_dynamic import emit_cell, emit_embedding, emit_recurrent
 from fxquant.targets.emit_elementwise import (
     emit_batch_norm,
-    emit_binary,
     emit_leaky_relu,
     emit_matmul,
 )
@@ -44,14 +55,37 @@ EMITTERS: dict[str, Emitter] = {
     **dict.fromkeys(("embedding", "embedding_bag"), emit_embedding),
     "matmul": emit_matmul,
     "batch_norm": emit_batch_norm,
-    "add": emit_binary,
-    "mul": emit_binary,
+    "add": emit_arithmetic,
+    "mul": emit_arithmetic,
+    # The kinds from here to "batch_norm" are in float by design on ``x86``: see its table.
+    "elu": emit_elu,
+    "hardswish": with_own_scale("hardswish"),
+    "softmax": with_own_scale("softmax", "dim"),
+    "instance_norm": with_own_scale("instance_norm", "eps", constants=("weight", "bias")),
+    "group_norm": with_own_scale("group_norm", "num_groups", "eps", constants=("weight", "bias")),
+    "layer_norm": with_own_scale(
+        "layer_norm", "normalized_shape", "eps", constants=("weight", "bias")
+    ),
+    "sigmoid": with_fixed_scale(torch.sigmoid),
+    "tanh": with_fixed_scale(torch.tanh),
+    "hardsigmoid": with_fixed_scale(hardsigmoid),
+    "dropout": emit_dropout,
+    "identity": moved(same),
+    "adaptive_avg_pool1d": moved(F.adaptive_avg_pool1d, "output_size", held=QUANTIZED),
+    "adaptive_avg_pool2d": moved(F.adaptive_avg_pool2d, "output_size", held=QUANTIZED),
+    "adaptive_avg_pool3d": moved(F.adaptive_avg_pool3d, "output_size", held=QUANTIZED),
+    "mean": moved(torch.mean, "dim", "keepdim", held=QUANTIZED),
+    "avg_pool1d": pool_with_stride(F.avg_pool1d, *AVG_POOL[:5]),
+    "max_pool3d": pool_with_stride(F.max_pool3d, *MAX_POOL),
+    "repeat": moved(repeat, "sizes", held=QUANTIZED),
+    "repeat_interleave": moved(repeat_interleave, "repeats", "dim", held=QUANTIZED),
+    "detach": moved(torch.detach, view=True),
     "leaky_relu": emit_leaky_relu,
     **dict.fromkeys(("relu6", "hardtanh", "clamp", "clamp_min", "clamp_max"), emit_clamp),
     "relu": moved(torch.relu, held=QUANTIZED),
     "max_pool1d": pool_with_stride(torch.max_pool1d, *MAX_POOL),
     "max_pool2d": pool_with_stride(torch.max_pool2d, *MAX_POOL),
-    "avg_pool2d": pool_with_stride(F.avg_pool2d, *AVG_POOL),
+    "avg_pool2d": pool_with_stride(avg_pool2d, *AVG_POOL),
     "avg_pool3d": pool_with_stride(F.avg_pool3d, *AVG_POOL),
     "interpolate": emit_interpolate,
     "pad": emit_pad,

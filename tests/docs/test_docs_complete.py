@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 
 from fxquant.pipelines import (
+    compat_lowering_pipeline,
+    compat_prepare_pipeline,
+    compat_reference_pipeline,
     fuse_pipeline,
     lowering_pipeline,
     prepare_pipeline,
@@ -23,6 +26,9 @@ def test_every_pass_has_its_file_and_its_entry() -> None:
         prepare_pipeline(QConfigMapping(), ()),
         reference_pipeline(),
         lowering_pipeline(),
+        compat_prepare_pipeline(QConfigMapping(), ()),
+        compat_reference_pipeline(),
+        compat_lowering_pipeline(),
     )
     names = {item.name for pipeline in pipelines for item in pipeline.passes}
     entries = set(re.findall(r"^## (\S+)$", (ROOT / "docs/passes.md").read_text(), re.MULTILINE))

@@ -33,6 +33,9 @@ MODULES: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.LayerNorm(8, bias=False), VECTOR),
     (nn.GroupNorm(2, 8), IMAGE),
     (nn.GroupNorm(4, 8, affine=False), IMAGE),
+    (nn.InstanceNorm1d(8), SIGNAL),
+    (nn.InstanceNorm2d(8, affine=True, eps=0.1), IMAGE),
+    (nn.InstanceNorm3d(8), VOLUME),
     (nn.ReLU(), VECTOR),
     (nn.ReLU6(), VECTOR),
     (nn.Hardtanh(-2.0, 0.5), VECTOR),
@@ -96,7 +99,8 @@ def test_every_option_of_every_module(module: nn.Module, shape: tuple[int, ...])
     made = _float(module, x)
     with torch.no_grad():
         assert torch.equal(made(x), module(x))
-    kept = getattr(module, "track_running_stats", True) is False
+    own = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    kept = own and module.track_running_stats is False
     assert any(node.op == "call_module" for node in made.graph.nodes) == kept
 
 
@@ -109,6 +113,15 @@ def test_every_module_of_the_catalogue_has_a_case() -> None:
         for module in kind.modules
     }
     assert known - {type(module) for module, _ in MODULES} <= functionless | {nn.Bilinear}
+
+
+def test_an_instance_norm_with_stored_statistics_keeps_its_module() -> None:
+    module = nn.InstanceNorm2d(8, track_running_stats=True).eval()
+    x = torch.randn(2, *IMAGE)
+    made = _float(module, x)
+    assert any(node.op == "call_module" for node in made.graph.nodes)
+    with torch.no_grad():
+        assert torch.equal(made(x), module(x))
 
 
 def test_tables_become_functions_and_recurrent_modules_stay() -> None:

@@ -1,0 +1,110 @@
+"""The ``x86-compat`` target: torch.ao's op list, observers and sharing, on the kernels of ``x86``.
+
+Every op of the list that has a qconfig is quantized, whoever reads it; its output is observed, or,
+for ops that move values, shares its input's observer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fxquant.backend_config import BackendConfig
+from fxquant.op_view import Op
+from fxquant.targets.allow_list import restrict
+from fxquant.targets.compat_config import compat_backend_config
+from fxquant.targets.guards import tensor_operands
+from fxquant.targets.table import Epilogue, OutputPolicy, Role, Row, Target
+from fxquant.targets.x86 import X86
+
+_RELU = {"relu": Epilogue.SATURATION}
+_BEFORE_RELU = frozenset({f"conv{d}d" for d in (1, 2, 3)} | {"linear", "add", "mul", "batch_norm"})
+
+
+def _always(row: Row) -> Row:
+    """A row of ``x86`` that is quantized wherever it has a qconfig."""
+    return replace(
+        row,
+        output=OutputPolicy.ALWAYS,
+        float_output=False,
+        epilogues=_RELU if row.kind in _BEFORE_RELU else {},
+    )
+
+
+def _unary(kind: str, kernel: str, *guards: object) -> Row:
+    return Row(
+        kind=kind,
+        role=Role.COMPUTE,
+        kernel=kernel,
+        output=OutputPolicy.ALWAYS,
+        guards=guards,  # type: ignore[arg-type]  # forwarded as given
+    )
+
+
+def _shares(kind: str, kernel: str = "") -> Row:
+    return Row(
+        kind=kind,
+        role=Role.SHARES,
+        kernel=kernel or f"aten::{kind} on int8",
+        output=OutputPolicy.ALWAYS,
+    )
+
+
+def _instance_statistics(op: Op) -> str | None:
+    if op.constant("running_mean") is not None:
+        return (
+            "the int8 kernel normalizes by the instance's own statistics, this one by stored ones"
+        )
+    return None
+
+
+_MORE: tuple[Row, ...] = (
+    _unary("elu", "quantized::elu"),
+    _unary("hardswish", "quantized::hardswish"),
+    _unary("prelu", "float, between dequantize and quantize"),
+    _unary("dropout", "nothing in evaluation"),
+    _unary("instance_norm", "quantized::instance_norm", _instance_statistics),
+    _unary("group_norm", "quantized::group_norm"),
+    _unary("layer_norm", "quantized::layer_norm"),
+    _unary("hardsigmoid", "aten::hardsigmoid on int8"),
+    _unary("sigmoid", "aten::sigmoid on int8"),
+    _unary("tanh", "aten::tanh on int8"),
+    _unary("softmax", "quantized::softmax"),
+    *(
+        _shares(kind)
+        for kind in (
+            *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
+            *("avg_pool1d", "max_pool3d", "mean", "identity", "repeat", "repeat_interleave"),
+        )
+    ),
+)
+
+_ROWS = {
+    **{kind: _always(row) for kind, row in X86.rows.items() if row.role is not Role.FLOAT},
+    **{row.kind: row for row in _MORE},
+}
+
+
+def _with_scalar_rows(target: Target) -> Target:
+    """``x + 2`` and ``x * 2`` keep the observer of ``x``, in the spellings of ``x + y``."""
+    rows = dict(target.rows)
+    for kind in ("add", "mul"):
+        two = rows[kind]
+        rows[f"{kind}_scalar"] = replace(
+            two,
+            kind=f"{kind}_scalar",
+            role=Role.SHARES,
+            kernel=f"quantized::{kind}.Scalar",
+            guards=tuple(guard for guard in two.guards if guard is not tensor_operands),
+        )
+    return replace(target, rows=rows)
+
+
+def compat_target(backend_config: BackendConfig) -> Target:
+    """The table narrowed to what a backend config allows."""
+    whole = replace(X86, name="x86-compat", rows=_ROWS)
+    narrowed = restrict(whole, backend_config)
+    both = {"add", "mul"} <= narrowed.rows.keys()
+    return _with_scalar_rows(narrowed) if both else narrowed
+
+
+X86_COMPAT = compat_target(compat_backend_config())

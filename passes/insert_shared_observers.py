@@ -1,0 +1,136 @@
+"""insert-shared-observers: observers as torch.ao places them, one at every quantized value.
+
+::
+
+    x -> conv -> pool -> y        x -> obs_0 -> conv -> obs_1 -> pool -> obs_2 (= obs_1) -> y
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import fx
+
+from fxquant.graph_module import QuantGraphModule, Stage
+from fxquant.metadata import record_of
+from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
+from fxquant.passes.insert_observers import OBSERVER_PREFIX, external_inputs, on_device
+from fxquant.qconfig import QConfig
+from fxquant.rewriter import GraphRewriter
+from fxquant.specs import QuantSpec
+
+
+@dataclass(frozen=True)
+class InsertSharedObservers(Pass):
+    """Insert root modules ``activation_post_process_N``, numbered in the order of the ops.
+
+    For every quantized op its inputs are observed first, by its own qconfig, unless something
+    observed them already; then its output. An op that keeps the parameters of its input has the
+    *same module* behind it under a new name, and an op of several inputs (cat) gives all of them
+    the module of the first: what one of them sees, all do.
+    """
+
+    name: ClassVar[str] = "insert-shared-observers"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ANNOTATED})
+    establishes: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED})
+
+    def run(self, gm: QuantGraphModule, context: PassContext) -> PassResult:
+        """Insert in graph order."""
+        if gm.state.stage is Stage.PREPARED:
+            return PassResult(changes=0)
+        work = _Work(GraphRewriter(gm, self.name))
+        for node in list(gm.graph.nodes):
+            work.observe(node)
+        gm.update_state(stage=Stage.PREPARED)
+        work.rewriter.changes += 1
+        return PassResult(changes=work.rewriter.finish())
+
+
+@dataclass
+class _Work:
+    """One run of the pass.
+
+    Attributes:
+        rewriter: of the graph.
+        behind: value -> the observers behind it, with what they look for.
+    """
+
+    rewriter: GraphRewriter
+    behind: dict[fx.Node, list[tuple[QuantSpec, fx.Node]]] = field(default_factory=dict)
+    number: int = 0
+
+    def observe(self, node: fx.Node) -> None:
+        """Observe what an op reads and what it gives."""
+        record = record_of(node)
+        annotation, qconfig = record.annotation, record.qconfig
+        if annotation is None or qconfig is None:
+            return
+        for source, spec in external_inputs(self.rewriter.gm, node):
+            self._input(node, source, spec, qconfig)
+        ends = record.fusion is None or record.fusion.last == node.name
+        if not ends or annotation.output is None:
+            return
+        if annotation.shares:
+            self._share(node, annotation.output, qconfig)
+        else:
+            self._insert(node, annotation.output, qconfig, qconfig.activation(), list(node.users))
+
+    def _input(self, reader: fx.Node, source: fx.Node, spec: QuantSpec, qconfig: QConfig) -> None:
+        """Let ``reader`` read ``source`` through an observer, one that is there if it fits."""
+        for found, node in self.behind.get(_observed_value(source), []):
+            if found.dtype is spec.dtype and found.is_dynamic == spec.is_dynamic:
+                if node is not source:
+                    self.rewriter.replace_argument(reader, source, node)
+                return
+        self._insert(source, spec, qconfig, qconfig.activation(), [reader])
+
+    def _share(self, node: fx.Node, spec: QuantSpec, qconfig: QConfig) -> None:
+        """Put the observer of the first input behind ``node`` and in place of the others."""
+        gm = self.rewriter.gm
+        first = self._head(node)
+        sources = [s for s in first.all_input_nodes if _is_observer(s)]
+        if not sources:
+            self._insert(node, spec, qconfig, qconfig.activation(), list(node.users))
+            return
+        shared = gm.get_submodule(str(sources[0].target))
+        for other in sources[1:]:
+            gm.add_module(str(other.target), shared)
+        self._insert(node, spec, qconfig, shared, list(node.users))
+
+    def _head(self, node: fx.Node) -> fx.Node:
+        fusion = record_of(node).fusion
+        if fusion is None:
+            return node
+        nodes: list[fx.Node] = list(self.rewriter.gm.graph.nodes)
+        return next(node for node in nodes if node.name == fusion.first)
+
+    def _insert(
+        self,
+        value: fx.Node,
+        spec: QuantSpec,
+        qconfig: QConfig,
+        observer: Any,
+        readers: list[fx.Node],
+    ) -> None:
+        gm = self.rewriter.gm
+        path = f"{OBSERVER_PREFIX}{self.number}"
+        self.number += 1
+        if not hasattr(observer, "owner"):
+            observer.owner = f"{path} (output of {value.name!r})"
+        gm.add_module(path, on_device(observer, gm))
+        node = self.rewriter.module_call(path, (value,), after=value, like=value, qconfig=qconfig)
+        for reader in readers:
+            self.rewriter.replace_argument(reader, value, node)
+        self.behind.setdefault(_observed_value(value), []).append((spec, node))
+
+
+def _is_observer(node: fx.Node) -> bool:
+    return node.op == "call_module" and str(node.target).startswith(OBSERVER_PREFIX)
+
+
+def _observed_value(node: fx.Node) -> fx.Node:
+    """The value that a chain of observers looks at."""
+    while _is_observer(node):
+        node = node.all_input_nodes[0]
+    return node
