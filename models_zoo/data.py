@@ -101,6 +101,7 @@ def load_state(data_dir: Path, *parts: str) -> dict[str, Tensor]:
 
 
 def load_npz(path: Path) -> Any:
+    """The arrays of an ``.npz`` file, without unpickling anything."""
     numpy = require("numpy", distribution="numpy", purpose="reading the zoo's arrays")
     return numpy.load(path, allow_pickle=False)
 
