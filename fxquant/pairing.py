@@ -14,8 +14,9 @@ inputs)::
                                                  no multiple of the vector
     oneDNN conv     AVX512_CORE                  channels 2i and 2i + 1 of one tap; with one channel
                                                  a group: conv2d and conv1d with several outputs a
-                                                 group pair taps in (column, row) order, conv3d
-                                                 in (depth, row, column) order, the rest is exact
+                                                 group pair taps in (column, row) order, or of one
+                                                 kernel row where there is no padding; conv3d
+                                                 in (depth, row, column) order; the rest is exact
     fbgemm conv     AVX2, AVX512                 neighbours 2i and 2i + 1 in (tap, channel) order;
                                                  its kernels for groups of 4, 8 and 16 channels
                                                  (3 x 3, padding 1) are exact
@@ -67,6 +68,7 @@ class Pairing(Enum):
     """None: it adds in 32 bits."""
     CHANNELS = "channels 2i and 2i + 1 of one tap"
     FLAT = "neighbours in (tap, channel) order"
+    ROWS = "taps 2i and 2i + 1 of one kernel row"
     COLUMNS = "neighbours in (column, row, channel) order"
     ANY = "unknown, so any two"
     """It saturates, and is right where no two products of the sum can overflow."""
@@ -154,6 +156,8 @@ def pairs(inputs: int, kernel: tuple[int, ...], pairing: Pairing) -> tuple[Tenso
         order = positions[: inputs - inputs % 2].t().flatten()
     elif pairing is Pairing.FLAT:
         order = positions.t().flatten()
+    elif pairing is Pairing.ROWS and kernel:
+        order = positions.reshape(inputs, *kernel)[..., : kernel[-1] - kernel[-1] % 2].flatten()
     elif pairing is Pairing.COLUMNS:
         grid = positions.reshape(inputs, *kernel)
         order = grid.permute(*range(grid.dim() - 1, -1, -1)).flatten()
@@ -221,7 +225,7 @@ def pairing_of(geometry: Geometry, kernel: str) -> Pairing:
     full = torch.full(shape, _LARGEST, dtype=torch.int8)
     if _is_right(geometry, kernel, full) and _is_right(geometry, kernel, -full):
         return Pairing.NONE
-    for pairing in (Pairing.CHANNELS, Pairing.FLAT, Pairing.COLUMNS):
+    for pairing in (Pairing.CHANNELS, Pairing.FLAT, Pairing.ROWS, Pairing.COLUMNS):
         if all(_is_right(geometry, kernel, rows) for rows in _survivors(geometry, pairing)):
             return pairing
     half = torch.full(shape, 64, dtype=torch.int8)

@@ -13,6 +13,8 @@ import torch
 from torch import fx
 
 from fxquant.clamps import CLAMP_KINDS, bounds_of
+from fxquant.engine_free import clamp
+from fxquant.kernels import as_bytes
 from fxquant.lowering import Representation, Site, Weight
 from fxquant.metadata import add_reason
 from fxquant.op_view import Op, attribute
@@ -82,30 +84,52 @@ def clamp_epilogue(epilogues: tuple[Op, ...]) -> Op | None:
     return None
 
 
-def finish_clamp(site: Site, node: fx.Node, clamp: Op | None, *, done: str = "") -> str | None:
+def finish_clamp(
+    site: Site,
+    node: fx.Node,
+    epilogue: Op | None,
+    *,
+    done: str = "",
+    held: Representation = QUANTIZED,
+) -> str | None:
     """Register the result, with an integer clamp for the bounds that the kernel did not do."""
-    finish(site, clamped(site, node, clamp, done=done), QUANTIZED)
+    finish(site, *clamped(site, node, epilogue, done=done, held=held))
     return None
 
 
-def clamped(site: Site, node: fx.Node, clamp: Op | None, *, done: str) -> fx.Node:
-    """``node`` with an integer clamp for the bounds of ``clamp`` that the kernel did not do."""
-    if clamp is None:
-        return node
-    low, high = bounds_of(clamp)
+def clamped(
+    site: Site, node: fx.Node, epilogue: Op | None, *, done: str, held: Representation = QUANTIZED
+) -> tuple[fx.Node, Representation]:
+    """``node`` with an integer clamp for the bounds of ``epilogue`` that the kernel did not do.
+
+    Args:
+        site: where the kernel is.
+        node: the kernel's result.
+        epilogue: the clamp behind it.
+        done: ``"low"`` where the kernel did the lower bound.
+        held: how ``node`` is held.
+
+    Returns:
+        The value, and how it is held.
+    """
+    low, high = (None, None) if epilogue is None else bounds_of(epilogue)
     low = None if done == "low" else low
-    if low is None and high is None:
-        return node
-    add_reason(clamp.node, "an integer clamp: the shared output range does not express it")
-    return site.lowering.call(
-        torch.clamp,
-        (node, low, high),
-        at=site.last,
-        like=site.last,
+    if epilogue is None or (low is None and high is None):
+        return node, held
+    add_reason(epilogue.node, "an integer clamp: the shared output range does not express it")
+    lowering, at = site.lowering, site.last
+    if held is QUANTIZED:
+        node = lowering.call(as_bytes, (node,), at=at, like=node, dtype=torch.uint8)
+    made = lowering.call(
+        clamp,
+        (node, low, high, site.output_scale, site.output_zero_point),
+        at=at,
+        like=at,
         dtype=torch.uint8,
         kernel="aten::clamp on int8",
         origins=(),
     )
+    return made, BYTES
 
 
 def finish(site: Site, node: fx.Node, held: Representation) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from fxquant.clamps import CLAMP_KINDS, bounds_of
-from fxquant.kernels import accumulator, as_quantized
+from fxquant.kernels import accumulator
 from fxquant.lowering import Bound, IntValue, Site, Weight
 from fxquant.metadata import add_reason
 from fxquant.op_view import Op
@@ -172,8 +172,7 @@ def _emit_residual(site: Site, x: IntValue, weight: Weight, add: Op) -> str | No
     )
     target = _accumulator(site, x, other)
     clamp = next((epilogue for epilogue in site.epilogues if epilogue.name in CLAMP_KINDS), None)
-    low, high = (None, None) if clamp is None else bounds_of(clamp)
-    relu = low == 0.0
+    relu = clamp is not None and bounds_of(clamp)[0] == 0.0
     node = lowering.emit(
         site,
         torch.ops.onednn.qconv2d_pointwise.binary,
@@ -203,17 +202,7 @@ def _emit_residual(site: Site, x: IntValue, weight: Weight, add: Op) -> str | No
         ),
         f"onednn::qconv2d_pointwise.binary[sum{', relu' if relu else ''}]",
     )
-    if high is None and (low is None or relu):
-        finish(site, node, BYTES)
-        return None
-    quantized = lowering.call(
-        as_quantized,
-        (node, site.output_scale, site.output_zero_point),
-        at=site.last,
-        like=node,
-        dtype=torch.uint8,
-    )
-    return finish_clamp(site, quantized, clamp, done="low" if relu else "")
+    return finish_clamp(site, node, clamp, done="low" if relu else "", held=BYTES)
 
 
 def _accumulator(site: Site, x: IntValue, other: IntValue) -> fx.Node:

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from fxquant.clamps import bounds_of
-from fxquant.lowering import Bound, IntValue, Representation, Site
+from fxquant.engine_free import clamp
+from fxquant.lowering import Bound, Representation, Site
 from fxquant.op_view import Op
 from fxquant.targets.emit_common import (
     BYTES,
@@ -57,15 +58,7 @@ def emit_list(function: Callable[..., Any]) -> Emitter:
             site, function, (sources, site.op.arguments["dim"]), f"aten::{site.op.name} on bytes"
         )
         if site.epilogues:
-            bytes_value = IntValue(
-                node=node,
-                representation=BYTES,
-                scale=inputs[0].scale,
-                zero_point=inputs[0].zero_point,
-                root=node,
-            )
-            quantized = site.lowering.held_as(bytes_value, QUANTIZED, at=site.last)
-            return finish_clamp(site, quantized, clamp_epilogue(site.epilogues))
+            return finish_clamp(site, node, clamp_epilogue(site.epilogues), held=BYTES)
         finish(site, node, BYTES)
         return None
 
@@ -94,9 +87,11 @@ def emit_clamp(site: Site) -> str | None:
     if inputs is None:
         return FLOAT_INPUT
     low, high = bounds_of(site.op)
-    source = site.lowering.held_as(inputs[0], QUANTIZED, at=site.last)
-    node = site.lowering.emit(site, torch.clamp, (source, low, high), "aten::clamp on quantized")
-    site.lowering.result(site, node, QUANTIZED)
+    x = inputs[0]
+    source = site.lowering.held_as(x, BYTES, at=site.last)
+    args = (source, low, high, Bound(x.scale), Bound(x.zero_point))
+    node = site.lowering.emit(site, clamp, args, "aten::clamp")
+    site.lowering.result(site, node, BYTES)
     return None
 
 

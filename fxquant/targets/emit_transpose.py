@@ -99,8 +99,9 @@ def _emit_non_overlapping(site: Site, x: IntValue, weight: Weight, engine: str) 
         ),
         f"quantized::{name} ({engine})",
     )
-    node = clamped(site, node, clamp, done="low" if relu else "")
-    source = lowering.call(as_bytes, (node,), at=site.last, like=node, dtype=torch.uint8)
+    source, held = clamped(site, node, clamp, done="low" if relu else "")
+    if held is QUANTIZED:
+        source = lowering.call(as_bytes, (node,), at=site.last, like=node, dtype=torch.uint8)
     height, width = expand(op.arguments["stride"], 2)
     node = lowering.call(
         interleave,
