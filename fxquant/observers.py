@@ -33,9 +33,10 @@ from fxquant.collectors import (
     MovingAveragePerChannelMinMaxCollector,
     PerChannelHistogramCollector,
     PerChannelMinMaxCollector,
+    SpanHistogramCollector,
 )
 from fxquant.errors import CalibrationWarning, ConfigError, ConfigWarning, SpecError
-from fxquant.range_rules import MinMaxRule, MSERule, RangeRule
+from fxquant.range_rules import MinMaxRule, MSERule, RangeRule, TorchHistogramRule
 from fxquant.specs import (
     DEFAULT_EPS,
     QParams,
@@ -632,6 +633,42 @@ class HistogramObserver(UniformQuantizationObserverBase):
     def _range(self) -> tuple[Tensor, Tensor]:
         low, high = self.rule.choose(self.collector, self.spec)
         return low.to(self.min_val.device), high.to(self.min_val.device)
+
+
+class TorchHistogramObserver(HistogramObserver):
+    """torch.ao's ``HistogramObserver``: its histogram and its search, to the last bit.
+
+    ``fxquant.compat`` exports it under that name. The range depends on the order of the batches;
+    :class:`HistogramObserver` does not, and takes a range of less error.
+
+    Args: see :class:`HistogramObserver`, without its keyword-only ones.
+    """
+
+    def __init__(
+        self,
+        bins: int = 2048,
+        dtype: torch.dtype = torch.uint8,
+        qscheme: torch.qscheme = torch.per_tensor_affine,
+        reduce_range: bool = False,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        factory_kwargs: Mapping[str, Any] | None = None,
+        eps: float = DEFAULT_EPS,
+        is_dynamic: bool = False,
+    ) -> None:
+        UniformQuantizationObserverBase.__init__(
+            self,
+            SpanHistogramCollector(bins, device=_device_of(factory_kwargs)),
+            TorchHistogramRule(),
+            dtype=dtype,
+            qscheme=qscheme,
+            reduce_range=reduce_range,
+            quant_min=quant_min,
+            quant_max=quant_max,
+            eps=eps,
+            is_dynamic=is_dynamic,
+        )
+        self.bins = bins
 
 
 class PerChannelHistogramObserver(UniformQuantizationObserverBase):

@@ -39,6 +39,7 @@ from fxquant.observers import (
     NoopObserver,
     PartialFactory,
     PlaceholderObserver,
+    TorchHistogramObserver,
     default_debug_observer,
     default_dynamic_quant_observer,
     default_float_qparams_observer,
@@ -52,7 +53,6 @@ from fxquant.observers import (
     per_channel_weight_observer_range_neg_127_to_127,
     weight_observer_range_neg_127_to_127,
 )
-from fxquant.range_rules import TorchHistogramRule
 from fxquant.specs import DEFAULT_EPS, QuantSpec, storage_dtype
 
 #: Something that makes an observer or a fake quantizer when called without arguments.
@@ -342,7 +342,7 @@ default_embedding_qat_qconfig_4bit = QConfig(
 
 # qnnpack's symmetric kernels want int8 activations and weights without -128.
 _SYMMETRIC_EPS: Final = 2**-12
-_int8_histogram = HistogramObserver.with_args(dtype=torch.int8, eps=_SYMMETRIC_EPS)
+_int8_histogram = TorchHistogramObserver.with_args(dtype=torch.int8, eps=_SYMMETRIC_EPS)
 _int8_fused = FusedMovingAvgObsFakeQuantize.with_args(
     observer=MovingAverageMinMaxObserver,
     quant_min=-128,
@@ -368,7 +368,7 @@ default_per_channel_symmetric_qnnpack_qat_qconfig = QConfig(
 _weight_127 = default_per_channel_weight_observer.with_args(quant_min=-127, quant_max=127)
 _fused_weight_127 = default_fused_per_channel_wt_fake_quant.with_args(quant_min=-127, quant_max=127)
 _full_range = HistogramObserver.with_args(dtype=torch.uint8)
-_torch_full_range = _full_range.with_args(rule=TorchHistogramRule(), count_limit=None)
+_torch_full_range = TorchHistogramObserver.with_args(dtype=torch.uint8)
 _torch_half_range = _torch_full_range.with_args(reduce_range=True)
 _fused_half_range = default_fused_act_fake_quant.with_args(reduce_range=True)
 

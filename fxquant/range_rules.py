@@ -35,6 +35,7 @@ from fxquant.collectors import (
     Histogram,
     HistogramCollector,
     PerChannelHistogramCollector,
+    SpanHistogramCollector,
 )
 from fxquant.errors import ConfigError
 from fxquant.specs import QuantSpec
@@ -81,7 +82,9 @@ class _HistogramRule:
         """
         name = type(self).__name__
         by_channel = isinstance(collector, PerChannelHistogramCollector)
-        if not by_channel and not isinstance(collector, HistogramCollector):
+        if not by_channel and not isinstance(
+            collector, (HistogramCollector, SpanHistogramCollector)
+        ):
             raise ConfigError(
                 f"{name} needs a histogram, but {type(collector).__name__} keeps none; use"
                 " HistogramObserver, PerChannelHistogramObserver, or MinMaxRule"
@@ -104,7 +107,7 @@ class _HistogramRule:
             ranges = [self.range_of(h, single) for h in collector.to_histograms()]
             ends = torch.tensor(ranges, dtype=torch.float32)
             return ends[:, 0].contiguous(), ends[:, 1].contiguous()
-        assert isinstance(collector, HistogramCollector)
+        assert isinstance(collector, (HistogramCollector, SpanHistogramCollector))
         low, high = self.range_of(collector.to_histogram(), spec)
         return _pair(low, high)
 
@@ -236,9 +239,9 @@ class TorchHistogramRule(_HistogramRule):
     Starting from the whole histogram, the end whose next quantile step (``step`` of the values)
     covers more bins moves inwards, as long as the L2 error of quantizing the histogram's density
     to the levels of the storage dtype (256 for 8 bits, whatever part of them the spec uses) does
-    not grow. The two differ in their histograms (torch.ao's
-    bins span exactly the observed range, fxquant's lie on a power-of-two grid), so on the same
-    data the ranges agree to a bin.
+    not grow. :class:`~fxquant.observers.TorchHistogramObserver` has torch.ao's histogram too, and
+    then the range is the same to the last bit; on the histogram of ``HistogramObserver``, whose
+    bins lie on a power-of-two grid, the two agree within 10 % on the same data.
 
     Args:
         step: the quantile by which an end moves.
@@ -255,9 +258,11 @@ class TorchHistogramRule(_HistogramRule):
         """The range at which the greedy search stops."""
         levels = 2 ** torch.iinfo(spec.dtype).bits
         first, last = greedy_bins(histogram.counts, levels, self.step)
-        low = histogram.low + first * histogram.width
-        high = histogram.low + (last + 1) * histogram.width
-        return max(low, histogram.min_val), min(high, histogram.max_val)
+        begin, width = _pair(histogram.low, histogram.width)  # in float32, as torch.ao has it
+        low, high = float(begin + width * first), float(begin + width * (last + 1))
+        if high - histogram.max_val > histogram.width / 2:  # the end of a grid, not of a span
+            high = histogram.max_val
+        return max(low, histogram.min_val), high
 
 
 @dataclass(frozen=True, slots=True)

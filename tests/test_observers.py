@@ -37,6 +37,7 @@ from fxquant.observers import (
     PlaceholderObserver,
     RecordingObserver,
     ReuseInputObserver,
+    TorchHistogramObserver,
     UniformQuantizationObserverBase,
     default_dynamic_quant_observer,
     default_fixed_qparams_range_0to1_observer,
@@ -55,6 +56,7 @@ COLLECTING: list[type[UniformQuantizationObserverBase]] = [
     PerChannelMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
     HistogramObserver,
+    TorchHistogramObserver,
 ]
 collecting = pytest.mark.parametrize("kind", COLLECTING, ids=lambda c: c.__name__)
 SILENT: list[Callable[[], ObserverBase]] = [
@@ -513,3 +515,47 @@ def test_every_observer_name_of_torch_ao_is_here() -> None:
         and (name.endswith("Observer") or name.startswith("default_"))
     }
     assert {name for name in names if not hasattr(observers, name)} == set()
+
+
+# -------------------------------------------------------------------- torch.ao's histogram, exactly
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("reduce_range", [False, True])
+@pytest.mark.parametrize("batches_seen", [1, 2, 3, 5])
+@pytest.mark.parametrize("kind", ["normal", "relu", "shifted", "spike", "whole"])
+def test_torch_histogram_observer_is_torch_aos_to_the_last_bit(
+    kind: str, batches_seen: int, *, reduce_range: bool
+) -> None:
+    """Histogram, extremes, scale and zero point, while the range grows in every batch."""
+    peer = importlib.import_module("torch.ao.quantization")
+    torch.manual_seed(batches_seen)
+    theirs, ours = (
+        peer.HistogramObserver(reduce_range=reduce_range),
+        TorchHistogramObserver(reduce_range=reduce_range),
+    )
+    for number in range(batches_seen):
+        x = torch.randn(3, 5, 40) * (1 + number * float(torch.rand(())))
+        x = {
+            "normal": x,
+            "relu": x.relu(),
+            "shifted": x + 3,
+            "spike": torch.cat([x.flatten(), torch.full((2000,), 0.5)]),
+            "whole": x.round(),
+        }[kind]
+        theirs(x)
+        ours(x)
+    assert torch.equal(ours.collector.histogram, theirs.histogram)
+    assert float(ours.min_val) == float(theirs.min_val)
+    assert float(ours.max_val) == float(theirs.max_val)
+    scale, zero_point = theirs.calculate_qparams()
+    assert torch.equal(ours.calculate_qparams()[0], scale)
+    assert torch.equal(ours.calculate_qparams()[1], zero_point)
+
+
+def test_a_stretched_span_keeps_every_count() -> None:
+    observer = TorchHistogramObserver(bins=8)
+    observer(torch.linspace(0, 1, 100))
+    observer(torch.linspace(-3, 5, 60))
+    assert float(observer.collector.histogram.sum()) == 160.0
+    assert (float(observer.min_val), float(observer.max_val)) == (-3.0, 5.0)

@@ -56,7 +56,8 @@ def described(factory: Callable[..., Any] | None) -> tuple[object, ...] | None:
     if found is None:
         return None
     text = found.spec.short() if found.spec else None
-    return text, found.reuse_input, found.collects, found.is_fake_quantize, found.name
+    name = found.name.replace("TorchHistogramObserver", "HistogramObserver")  # torch.ao's, of ours
+    return text, found.reuse_input, found.collects, found.is_fake_quantize, name
 
 
 # ------------------------------------------------------------------------------------ values
