@@ -76,6 +76,7 @@ def save(model: QuantGraphModule, path: str | os.PathLike[str]) -> None:
         "nodes": encode([_bare(node, model.state.stage) for node in nodes]),
         "state": encode(state),
         "modules": modules,
+        "channels_last": _channels_last(nodes, source),
     }
     destination = Path(path)
     handle, name = tempfile.mkstemp(dir=destination.parent, prefix=f".{destination.name}.")
@@ -104,6 +105,9 @@ def load(path: str | os.PathLike[str], *, strict: bool = False) -> QuantGraphMod
     try:
         nodes: list[EncodedNode] = decode(header["nodes"])
         state = decode(header["state"])
+        for name in header.get("channels_last", ()):
+            like = torch.empty_like(tensors[name], memory_format=torch.channels_last)
+            tensors[name] = like.copy_(tensors[name])
         root = _root(tensors, header["modules"])
         _check_targets(nodes)
         stage = Stage(header["stage"])
@@ -175,6 +179,19 @@ def _contents(
                 for name, value in module.state_dict().items()
             }
     return tensors, modules
+
+
+def _channels_last(nodes: Iterable[EncodedNode], source: QuantGraphModule) -> list[str]:
+    """The tensors held in channels_last: kernels choose their order of summation by it."""
+    names = []
+    for node in nodes:
+        value = attribute(source, node.target) if node.op == "get_attr" else None
+        if not isinstance(value, Tensor) or value.dim() != 4:
+            continue
+        plain = torch.empty(value.shape, device="meta").stride()
+        if value.is_contiguous(memory_format=torch.channels_last) and value.stride() != plain:
+            names.append(node.target)
+    return names
 
 
 def _describe(node: EncodedNode, module: nn.Module) -> dict[str, Any]:

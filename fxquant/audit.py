@@ -26,7 +26,8 @@ from fxquant.inputs import bind_examples, made_up_inputs
 from fxquant.kernel_trace import Kernels, kernels_by_node, kernels_of_call, macs_by_node
 from fxquant.kernels import as_bytes, as_quantized
 from fxquant.metadata import record_of
-from fxquant.op_rows import OpRow, Runs, checked, rows_of
+from fxquant.op_rows import HALF, OpRow, Runs, checked, rows_of
+from fxquant.operators import TO_DTYPE
 from fxquant.tables import Column, as_html, as_text, terminal_width
 
 _INT8_DTYPES: Final = (torch.uint8, torch.int8, torch.quint8, torch.qint8)
@@ -56,7 +57,7 @@ class AuditReport:
         discrepancies: what it saw otherwise, or why no call could be made.
         int8_calls: int8 operator -> calls of it that were profiled.
         float_calls: float operator that multiplies and accumulates -> calls.
-        conversions: quantize, dequantize and changes of representation -> nodes of the graph.
+        conversions: quantize, dequantize, casts, changes of representation -> nodes of the graph.
     """
 
     rows: tuple[OpRow, ...]
@@ -78,8 +79,13 @@ class AuditReport:
 
     @property
     def fp32(self) -> tuple[OpRow, ...]:
-        """The ops that do not run int8, each with its reason."""
-        return tuple(row for row in self.counted if row.runs is not Runs.INT8)
+        """The ops that run neither int8 nor in half precision, each with its reason."""
+        return tuple(r for r in self.counted if r.runs not in (Runs.INT8, *HALF))
+
+    @property
+    def half(self) -> tuple[OpRow, ...]:
+        """The ops that run in float16 or bfloat16, as their qconfig asks."""
+        return tuple(row for row in self.counted if row.runs in HALF)
 
     @property
     def op_coverage(self) -> float:
@@ -109,6 +115,11 @@ class AuditReport:
             f" ({_count(macs)} of {_count(total)}), {_percent(self.op_coverage)} of ops"
             f" ({len(self.int8)} of {len(self.counted)})"
         ]
+        for runs in HALF:
+            rows = tuple(row for row in self.half if row.runs is runs)
+            if rows:
+                share = _percent(_ratio(_macs(rows), total))
+                lines.append(f"{runs.value}: {share} of multiply-accumulates ({len(rows)} ops)")
         if self.unknown_macs:
             lines.append(f"multiply-accumulates unknown: {_names(self.unknown_macs)}")
         calls = (
@@ -146,6 +157,7 @@ class AuditReport:
                 "fxquant": __version__,
                 "mac_coverage": _finite(self.mac_coverage),
                 "op_coverage": _finite(self.op_coverage),
+                "half": [{"name": row.name, "runs": row.runs.value} for row in self.half],
                 "macs": _macs(self.counted),
                 "unknown_macs": self.unknown_macs,
                 "confirmed": self.confirmed,
@@ -426,7 +438,12 @@ def _conversions(gm: QuantGraphModule) -> dict[str, int]:
         as_quantized: "bytes to tensor",
     }
     counts = Counter(names[n.target] for n in gm.graph.nodes if n.target in names)
-    return {name: counts[name] for name in names.values() if counts[name]}
+    casts = Counter(
+        f"to {str(n.args[1]).removeprefix('torch.')}"
+        for n in gm.graph.nodes
+        if n.target is TO_DTYPE and n.args[0].op != "get_attr"
+    )
+    return {name: counts[name] for name in names.values() if counts[name]} | casts
 
 
 # -- figures --------------------------------------------------------------------------------------

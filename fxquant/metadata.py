@@ -97,6 +97,7 @@ class NodeRecord:
         kernel: the kernel of the target, once lowered.
         made_by: the pass that made the node.
         bound: argument position -> name of the buffer whose value is inlined there.
+        runs_in: float16 or bfloat16 where the op runs in it.
         stands_for: in a lowered graph: the node of the reference graph whose value this is.
     """
 
@@ -116,6 +117,7 @@ class NodeRecord:
     made_by: str = ""
     bound: tuple[tuple[int, str], ...] = ()
     stands_for: str = ""
+    runs_in: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         for name, kind in (("reasons", str), ("origins", str)):

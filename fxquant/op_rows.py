@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from fxquant.errors import NotAGraphModuleError
 from fxquant.graph_module import OpEntry, QuantGraphModule, Stage
+from fxquant.half import NORMALIZATIONS
 from fxquant.kernels import as_quantized, checked_input
 from fxquant.metadata import FusionRecord, NodeRecord, record_of
 from fxquant.op_catalog import OpKind
@@ -35,6 +36,8 @@ class Runs(Enum):
     """The model is prepared; convert_fx will make it integers, of the specs in the row."""
     EMULATED = "emulated"
     """In a reference graph: float arithmetic on the integers of the specs in the row."""
+    BF16 = "bf16"
+    FP16 = "fp16"
     FP32 = "fp32"
     NOTHING = "-"
     """No node of the graph carries it out."""
@@ -61,7 +64,7 @@ class OpRow:
         zero_point: of the output, once converted.
         weight_scale: smallest and largest scale of the weight, once converted.
         kernel: what runs it: planned before, and as emitted after, lowering.
-        reason: why it is not int8; never empty where it runs in FP32.
+        reason: why it is not int8; never empty where it runs in floating point.
         notes: further decisions about it.
         macs: multiply-accumulates with the example inputs; ``None`` where unknown.
     """
@@ -153,6 +156,8 @@ class _Reader:
             return OpRow(
                 **known, runs=runs, reason=reason, input=_FLOAT, weight=weight, output=_FLOAT
             )
+        if record.runs_in is not None:
+            return self._half(known | {"pattern": ""}, runs, reason, carrier, entry)
         first = record.fusion.first if record.fusion else carrier.name
         if first != carrier.name and first in self.nodes:
             known |= {"carried_by": first, "fate": f"in the kernel of {first!r}"}
@@ -163,6 +168,22 @@ class _Reader:
             kernel=self._kernel(carrier, entry),
             notes=record.reasons,
             **self._specs(carrier, record),
+        )
+
+    def _half(
+        self, known: dict[str, Any], runs: Runs, reason: str, carrier: fx.Node, entry: OpEntry
+    ) -> OpRow:
+        record = record_of(carrier)
+        shown = _dtype(record.runs_in)
+        return OpRow(
+            **known,
+            runs=runs,
+            reason=reason,
+            input=shown,
+            weight=_FLOAT if entry.kind in NORMALIZATIONS else shown if entry.parameters else "",
+            output=shown,
+            kernel=f"aten::{entry.kind} in {shown}",
+            notes=record.reasons,
         )
 
     # -- who carries what -------------------------------------------------------------------------
@@ -207,6 +228,10 @@ class _Reader:
             if any(self._quantizes(user) for user in carrier.users):
                 return _QUANTIZED_BY_STAGE[stage], ""
             return Runs.FP32, f"the input {carrier.name!r} is read in floating point"
+        if record.runs_in is not None:
+            wish = f"its qconfig asks for {_dtype(record.runs_in)} ({record.rule or 'none'})"
+            planned = stage is Stage.PREPARED
+            return (Runs.PLANNED if planned else _HALF[record.runs_in]), wish
         if stage is Stage.LOWERED and record.kernel:
             return Runs.INT8, ""
         if stage is Stage.LOWERED or record.annotation is None:
@@ -350,6 +375,9 @@ class _Reader:
         return value if isinstance(value, Tensor) else None
 
 
+_HALF: Final = {torch.bfloat16: Runs.BF16, torch.float16: Runs.FP16}
+HALF: Final = (Runs.BF16, Runs.FP16)
+"""In half precision, neither int8 nor FP32."""
 _QUANTIZED_BY_STAGE: Final = {
     Stage.PREPARED: Runs.PLANNED,
     Stage.REFERENCE: Runs.EMULATED,
@@ -361,6 +389,10 @@ NO_REASON: Final = (
     " a reason"
 )
 """Should never be read; the tests look for it."""
+
+
+def _dtype(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _short(spec: QuantSpec | None) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from fxquant.pass_manager import Fact, Pipeline
 from fxquant.passes.absorb_clamps import AbsorbClamps
 from fxquant.passes.annotate import Annotate
+from fxquant.passes.annotate_half import AnnotateHalf
 from fxquant.passes.cancel_quantize import CancelQuantize
+from fxquant.passes.cast_half import CastHalf
 from fxquant.passes.correct_bias import CorrectBias
 from fxquant.passes.fit_weights import FitWeights
 from fxquant.passes.fold_batch_norm import FoldBatchNorm
@@ -63,6 +65,7 @@ def prepare_pipeline(
             FoldChannelScale(),  # a product with a constant has no int8 kernel
             FusePatterns(),  # values inside a pattern are not observed
             Annotate(),  # specs from qconfig and op table
+            AnnotateHalf(),  # of what annotate left alone
             ShareParameters(),  # which tensors have one range
             InsertObservers(),  # everything before reads a float graph
             *watch,  # after the observers: they watch what the kernel will read
@@ -80,6 +83,7 @@ def reference_pipeline() -> Pipeline:
             AbsorbClamps(),  # needs final parameters
             CancelQuantize(),  # moved values and absorbed clamps leave pairs that do nothing
             InlineModules(),  # what stays in FP32 needs no module objects
+            CastHalf(),  # constants are arguments of functions by now
         ),
         given=frozenset({Fact.OBSERVED}),
     )

@@ -312,6 +312,10 @@ float16_static_qconfig = QConfig(
     activation=PlaceholderObserver.with_args(dtype=torch.float16),
     weight=PlaceholderObserver.with_args(dtype=torch.float16),
 )
+bfloat16_static_qconfig = QConfig(
+    activation=PlaceholderObserver.with_args(dtype=torch.bfloat16),
+    weight=PlaceholderObserver.with_args(dtype=torch.bfloat16),
+)
 float_qparams_weight_only_qconfig = QConfig(
     activation=default_placeholder_observer, weight=default_float_qparams_observer
 )

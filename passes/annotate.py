@@ -18,8 +18,16 @@ from fxquant.dataflow import (
 )
 from fxquant.errors import ConfigWarning, NonFiniteStatisticError
 from fxquant.graph_module import QuantGraphModule
+from fxquant.half import half_dtype
 from fxquant.kernel_probe import exact_engine, is_exact
-from fxquant.metadata import Annotation, TensorRecord, add_reason, record_of, update_record
+from fxquant.metadata import (
+    Annotation,
+    NodeRecord,
+    TensorRecord,
+    add_reason,
+    record_of,
+    update_record,
+)
 from fxquant.op_view import Op, kind_of, op_of
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
 from fxquant.patterns.aliasing import Aliasing, written_value
@@ -52,7 +60,7 @@ class Annotate(Pass):
     def run(self, gm: QuantGraphModule, context: PassContext) -> PassResult:
         """Annotate in two sweeps: what can be quantized, then what pays."""
         before = {node: record_of(node) for node in gm.graph.nodes}
-        overwritten = _overwritten(gm)
+        overwritten = overwritten_values(gm)
         plans = {}
         for node in gm.graph.nodes:
             if node.op in _OPS:
@@ -86,7 +94,7 @@ class _Plan:
     reads_floats: bool = False
 
 
-def _overwritten(gm: QuantGraphModule) -> dict[fx.Node, fx.Node]:
+def overwritten_values(gm: QuantGraphModule) -> dict[fx.Node, fx.Node]:
     """Values whose memory an op writes later that could not be made functional, with that op."""
     nodes = list(gm.graph.nodes)
     if not any(written_value(gm, node) is not None for node in nodes):
@@ -108,7 +116,7 @@ def _plan(
         return None  # the first op of the pattern speaks for it
     if reads_only_shape(node) or not (has_float_input(gm, node) or looks_up(gm, node)):
         return None
-    if any(reason.startswith("opaque island") for reason in record.reasons):
+    if _decided_elsewhere(record, context):
         return None
     if record.qconfig is None:
         if record.rule:
@@ -138,8 +146,8 @@ def _plan(
         row.refusal(op)
         or _unusable_weight(op, row)
         or _unusable_inputs(gm, op, row)
-        or _hooked(gm, node)
-        or _written_in_place(node, overwritten)
+        or hooked(gm, node)
+        or written_in_place(node, overwritten)
     )
     if reason is not None:
         add_reason(node, reason)
@@ -150,6 +158,13 @@ def _plan(
         _warn_unhonoured(node, op, reason, context)
         return None
     return _specs(node, op, row, record.qconfig, context)
+
+
+def _decided_elsewhere(record: NodeRecord, context: PassContext) -> bool:
+    """Whether an op was an island of the capture, or is a matter of annotate-half."""
+    if any(reason.startswith("opaque island") for reason in record.reasons):
+        return True
+    return bool(context.target.half_kinds) and half_dtype(record.qconfig) is not None
 
 
 def _unusable_weight(op: Op, row: Row) -> str | None:
@@ -214,7 +229,8 @@ def _warn_of_narrow_ranges(gm: QuantGraphModule, context: PassContext) -> None:
         )
 
 
-def _hooked(gm: QuantGraphModule, node: fx.Node) -> str | None:
+def hooked(gm: QuantGraphModule, node: fx.Node) -> str | None:
+    """Why a module with forward hooks is left as it is, or ``None``."""
     if node.op != "call_module":
         return None
     module = gm.get_submodule(str(node.target))
@@ -233,7 +249,8 @@ def _hooked(gm: QuantGraphModule, node: fx.Node) -> str | None:
     )
 
 
-def _written_in_place(node: fx.Node, overwritten: dict[fx.Node, fx.Node]) -> str | None:
+def written_in_place(node: fx.Node, overwritten: dict[fx.Node, fx.Node]) -> str | None:
+    """Why an op on memory that is written later is left as it is, or ``None``."""
     for value in (node, *node.all_input_nodes):
         writer = overwritten.get(value)
         if writer is not None:

@@ -38,7 +38,7 @@ class InlineModules(Pass):
             op = op_of(gm, node)
             if op is None or op.form is not Form.MODULE or not op.kind.functions:
                 continue
-            reason = _refusal(gm.get_submodule(str(node.target)), op)
+            reason = not_inlined(gm.get_submodule(str(node.target)), op)
             if reason is not None:
                 refusals.append(Refusal(node=node.name, reason=reason))
                 continue
@@ -47,7 +47,8 @@ class InlineModules(Pass):
         return PassResult(changes=rewriter.finish(), refusals=tuple(refusals))
 
 
-def _refusal(module: nn.Module, op: Op) -> str | None:
+def not_inlined(module: nn.Module, op: Op) -> str | None:
+    """Why ``module`` does more than the function of ``op``, or ``None``."""
     if op.kind.definition:
         return f"the function of {op.name!r} only defines it; the module is faster"
     if module._forward_hooks or module._forward_pre_hooks:

@@ -120,6 +120,7 @@ class Target:
     Attributes:
         name: what users write.
         rows: kind -> row.
+        half_kinds: what it runs in float16 or bfloat16 where a qconfig asks for it.
         executes: the graph is lowered to kernels; otherwise it stays a float graph with
             quantize and dequantize.
         select_kernel: ``(op, epilogues, *, integers)`` -> the kernel that will run a convolution or
@@ -130,6 +131,7 @@ class Target:
     name: str
     rows: Mapping[str, Row]
     executes: bool = True
+    half_kinds: frozenset[str] = frozenset()
     select_kernel: Callable[..., KernelChoice] | None = None
     allow: AllowList | None = None
 

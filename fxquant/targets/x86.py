@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from fxquant.half import HALF_KINDS
 from fxquant.op_view import Op
 from fxquant.targets.guards import (
     batched,
@@ -241,7 +242,12 @@ ROWS: tuple[Row, ...] = (
     ),
 )
 
-X86 = Target(name="x86", rows={row.kind: row for row in ROWS}, select_kernel=kernel_for)
+X86 = Target(
+    name="x86",
+    rows={row.kind: row for row in ROWS},
+    select_kernel=kernel_for,
+    half_kinds=HALF_KINDS,
+)
 
 NO_INT8_KERNEL = (
     "PyTorch has no int8 kernel for '{kind}' that beats float; it runs in FP32 between a"

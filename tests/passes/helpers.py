@@ -100,6 +100,8 @@ def _line(gm: QuantGraphModule, node: fx.Node) -> str:
         notes.append(f"{record.fusion.pattern} #{record.fusion.group} {record.fusion.role}")
     if record.annotation is not None:
         notes.append(_annotation(record.annotation))
+    if record.runs_in is not None:
+        notes.append(f"runs in {str(record.runs_in).removeprefix('torch.')}")
     if record.share_group is not None:
         notes.append(f"group {record.share_group}")
     lines = [f"{node.name} = {called}({', '.join(arguments)})  # {'; '.join(notes)}".rstrip(" #")]
