@@ -9,14 +9,15 @@ import inspect
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fxquant.errors import CaptureError, CaptureWarning, Diagnostics
+from fxquant.errors import CaptureError, CaptureWarning, Diagnostics, UntraceableError
 from fxquant.graph_module import GraphState, QuantGraphModule, Stage, set_attribute
 from fxquant.metadata import record_of, set_record, update_record
 from fxquant.op_view import OUT_OF_PLACE_OPERATORS, type_of
@@ -134,6 +135,8 @@ def capture(
     example_inputs: object = None,
     *,
     share: bool = False,
+    leaves: Mapping[str, str] | None = None,
+    strict_capture: bool = False,
 ) -> QuantGraphModule:
     """Trace ``model`` into a float graph with its own modules and tensors.
 
@@ -146,18 +149,23 @@ def capture(
         example_inputs: decide conditions on shapes (``if x.shape[-1] % 2:``), one branch of which
             is traced; ``None`` refuses such conditions.
         share: let the parameters share the memory of the model's; :func:`take_apart` ends that.
+        leaves: paths of submodules that are not traced into, with the reason.
+        strict_capture: a submodule that cannot be traced is an error.
 
     Raises:
         CaptureError: when the model itself, not a part of it, cannot be traced or copied.
+        UntraceableError: under ``strict_capture``, a submodule that cannot be traced.
     """
+    leaves = {} if leaves is None else leaves
     _check_state(model, diagnostics)
-    if isinstance(model, fx.GraphModule) and _only_leaves(model):
+    if isinstance(model, fx.GraphModule) and _only_leaves(model, leaves):
         owned = own_copy(model, share=share)
         assert isinstance(owned, fx.GraphModule)
         _free_names(owned, owned.graph, diagnostics)
         gm = QuantGraphModule(owned, owned.graph, type(model).__name__)
     else:
-        gm = _trace(model, diagnostics, example_inputs, share=share)
+        tracing = _Tracing(model, diagnostics, example_inputs, share, leaves, strict_capture)
+        gm = tracing.run()
     _copy_training_flags(model, gm)
     gm.meta.update(getattr(model, "meta", {}) if isinstance(model, fx.GraphModule) else {})
     _record_scopes(gm)
@@ -271,67 +279,103 @@ def _tensors_in(model: nn.Module) -> Iterator[torch.Tensor]:
             pending.extend(value)
 
 
-def _only_leaves(gm: fx.GraphModule) -> bool:
+def _only_leaves(gm: fx.GraphModule, leaves: Collection[str]) -> bool:
     tracer = fx.Tracer()
     return all(
-        tracer.is_leaf_module(gm.get_submodule(str(n.target)), str(n.target))
+        str(n.target) in leaves
+        or tracer.is_leaf_module(gm.get_submodule(str(n.target)), str(n.target))
         for n in gm.graph.nodes
         if n.op == "call_module"
     )
 
 
-def _trace(
-    model: nn.Module, diagnostics: Diagnostics, example_inputs: object, *, share: bool
-) -> QuantGraphModule:
-    islands: dict[str, str] = {}
-    examples = bind_examples(type(model).forward, example_inputs)
-    fixed = {} if examples is None else examples.fixed
-    while True:
-        owned = own_copy(model, share=share)  # anew each time: a forward may count its calls
-        before = {path: dict(vars(module)) for path, module in owned.named_modules()}
-        values = None if examples is None else ExampleValues(examples.values)
-        tracer = CaptureTracer(islands, values)
-        try:
-            with _TRACE_LOCK, _recording_builtins(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a trace runs the user's code on proxies
-                graph = tracer.trace(owned, dict(fixed) or None)
-        except _Refused as refused:
-            if refused.path in islands:
-                raise CaptureError(
-                    f"module {refused.path!r} cannot be traced: {refused.cause}"
-                ) from refused.cause
-            islands[refused.path] = f"{refused.line}: {_first_line(refused.cause)}"
-            continue
-        except Exception as error:
+@dataclass(frozen=True)
+class _Tracing:
+    """One trace of a model; see :func:`capture` for the fields."""
+
+    model: nn.Module
+    diagnostics: Diagnostics
+    example_inputs: object
+    share: bool
+    leaves: Mapping[str, str]
+    strict_capture: bool
+
+    def run(self) -> QuantGraphModule:
+        """Trace until nothing refuses, each time with one more island."""
+        islands: dict[str, str] = {}
+        forward = type(self.model).forward
+        examples = bind_examples(forward, self.example_inputs)
+        fixed = {} if examples is None else examples.fixed
+        while True:
+            # Anew each time: a forward may count its calls.
+            owned = own_copy(self.model, share=self.share)
+            before = {path: dict(vars(module)) for path, module in owned.named_modules()}
+            values = None if examples is None else ExampleValues(examples.values)
+            tracer = CaptureTracer({**self.leaves, **islands}, values)
+            try:
+                with _TRACE_LOCK, _recording_builtins(), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # a trace runs the user's code on proxies
+                    graph = tracer.trace(owned, dict(fixed) or None)
+            except _Refused as refused:
+                islands |= self._island(refused, islands)
+                continue
+            except Exception as error:
+                raise self._untraceable(error) from error
+            break
+        _order_inputs(graph, fixed, forward)
+        _restore_attributes(owned, before, self.diagnostics)
+        self._warn(tracer.conditions, islands)
+        _free_names(owned, graph, self.diagnostics)
+        gm = QuantGraphModule(owned, graph, type(self.model).__name__)
+        self._give_reasons(gm, islands)
+        return gm
+
+    def _island(self, refused: _Refused, islands: Mapping[str, str]) -> dict[str, str]:
+        line = f"{refused.line}: {_first_line(refused.cause)}"
+        if refused.path in islands or refused.path in self.leaves:
             raise CaptureError(
-                f"{type(model).__name__}.forward cannot be traced: {_first_line(error)}"
-                f" ({_user_line(error)}). Move the untraceable part into a submodule: it then stays"
-                " in floating point and the rest is quantized"
-            ) from error
-        break
-    _order_inputs(graph, fixed, type(model).forward)
-    _restore_attributes(owned, before, diagnostics)
-    for line, value in tracer.conditions.items():
-        diagnostics.warn(
-            f"the condition on a shape at {line} is fixed to {value}, as for the example inputs;"
-            " inputs that take the other branch will raise an error",
-            CaptureWarning,
+                f"module {refused.path!r} cannot be traced: {refused.cause}"
+            ) from refused.cause
+        if self.strict_capture:
+            kind = type(self.model.get_submodule(refused.path)).__name__
+            raise UntraceableError(
+                f"module {refused.path!r} ({kind}) cannot be traced: {line}. Rewrite that line"
+                " without control flow on tensor values, or list the module as non-traceable"
+            ) from refused.cause
+        return {refused.path: line}
+
+    def _untraceable(self, error: Exception) -> CaptureError:
+        return UntraceableError(
+            f"{type(self.model).__name__}.forward cannot be traced: {_first_line(error)}"
+            f" ({_user_line(error)}). Move the untraceable part into a submodule: it then stays"
+            " in floating point and the rest is quantized"
         )
-    for path, line in islands.items():
-        diagnostics.warn(
-            f"module {path!r} ({type(model.get_submodule(path)).__name__}) cannot be traced and"
-            f" stays in FP32 as an opaque island: {line}. Rewrite that line without control flow on"
-            " tensor values to have it quantized",
-            CaptureWarning,
-        )
-    _free_names(owned, graph, diagnostics)
-    gm = QuantGraphModule(owned, graph, type(model).__name__)
-    for node in gm.graph.nodes:
-        if node.op == "call_module" and str(node.target) in islands:
-            update_record(
-                node, reasons=(f"opaque island: cannot be traced, {islands[str(node.target)]}",)
+
+    def _warn(self, conditions: Mapping[str, bool], islands: Mapping[str, str]) -> None:
+        for line, value in conditions.items():
+            self.diagnostics.warn(
+                f"the condition on a shape at {line} is fixed to {value}, as for the example"
+                " inputs; inputs that take the other branch will raise an error",
+                CaptureWarning,
             )
-    return gm
+        for path, line in islands.items():
+            self.diagnostics.warn(
+                f"module {path!r} ({type(self.model.get_submodule(path)).__name__}) cannot be"
+                f" traced and stays in FP32 as an opaque island: {line}. Rewrite that line without"
+                " control flow on tensor values to have it quantized",
+                CaptureWarning,
+            )
+
+    def _give_reasons(self, gm: QuantGraphModule, islands: Mapping[str, str]) -> None:
+        for node in gm.graph.nodes:
+            path = str(node.target)
+            if node.op != "call_module":
+                continue
+            if path in islands:
+                reason = f"opaque island: cannot be traced, {islands[path]}"
+                update_record(node, reasons=(reason,))
+            elif path in self.leaves:
+                update_record(node, reasons=(f"opaque island: {self.leaves[path]}",))
 
 
 def _order_inputs(graph: fx.Graph, fixed: Mapping[str, Any], forward: Callable[..., Any]) -> None:

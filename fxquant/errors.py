@@ -13,6 +13,7 @@
     |-- NotPreparedError (AssertionError)         convert_fx got a graph without observers
     |-- TrainingModeError (AssertionError)        a batch-norm would be folded while it trains
     |-- CaptureError                              the model could not be turned into a graph
+    |   `-- UntraceableError (fx.proxy.TraceError)  its forward has control flow on values
     |-- ShapeGuardError (RuntimeError)            an input takes a branch that was not traced
     |-- GraphError (AssertionError)               a pass left the graph in a forbidden state
     |   `-- PassContractError                     a pass did not do what it declared
@@ -40,6 +41,8 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Iterable
+
+from torch.fx.proxy import TraceError
 
 
 class FxQuantError(Exception):
@@ -84,6 +87,10 @@ class TrainingModeError(FxQuantError, AssertionError):
 
 class CaptureError(FxQuantError):
     """The model could not be turned into a graph."""
+
+
+class UntraceableError(CaptureError, TraceError):
+    """The ``forward`` of the model, or of a part under ``strict_capture``, cannot be traced."""
 
 
 class ShapeGuardError(FxQuantError, RuntimeError):
