@@ -211,9 +211,23 @@ class GraphRewriter:
         for path in dict.fromkeys(self._orphans):
             atoms = path.split(".")
             inside = any(".".join(atoms[:i]) in used for i in range(1, len(atoms) + 1))
-            if path not in holders and not inside and _stored(self.gm, path):
+            if inside or not _stored(self.gm, path):
+                continue
+            if path not in holders:
                 delete_attribute(self.gm, path)
+            else:  # a module that is read in parts: a batch-norm without its num_batches_tracked
+                self._drop_unread(path, used)
         self._orphans.clear()
+
+    def _drop_unread(self, path: str, used: set[str]) -> None:
+        """Delete the tensors below ``path`` that nothing reads."""
+        module = attribute(self.gm, path)
+        if not isinstance(module, torch.nn.Module):
+            return
+        for name, _ in [*module.named_parameters(), *module.named_buffers()]:
+            atoms = f"{path}.{name}".split(".")
+            if not any(".".join(atoms[:i]) in used for i in range(1, len(atoms) + 1)):
+                delete_attribute(self.gm, f"{path}.{name}")
 
     def _insert(
         self,

@@ -140,6 +140,23 @@ def test_retarget_keeps_name_users_and_metadata_and_drops_the_module(gm: QuantGr
     assert torch.equal(gm(X), wanted)
 
 
+def test_of_a_module_that_is_read_in_parts_the_rest_goes() -> None:
+    norm = nn.BatchNorm2d(3).eval()
+    gm = capture(nn.Sequential(norm), Diagnostics(), (torch.zeros(2, 3, 4, 4),))
+    x = torch.randn(2, 3, 4, 4)
+    wanted = gm(x)
+    rewriter = GraphRewriter(gm, "p")
+    call = node(gm, "_0")
+    parts = [
+        rewriter.get_attr(f"0.{name}", before=call)
+        for name in ("running_mean", "running_var", "weight", "bias")
+    ]
+    rewriter.retarget(call, nn.functional.batch_norm, (call.args[0], *parts))
+    rewriter.finish()
+    assert set(gm.state_dict()) == {"0.running_mean", "0.running_var", "0.weight", "0.bias"}
+    assert torch.equal(gm(x), wanted)
+
+
 def test_replace_argument(gm: QuantGraphModule) -> None:
     rewriter = GraphRewriter(gm, "p")
     add, relu, mul = (node(gm, name) for name in ("add", "relu", "mul"))

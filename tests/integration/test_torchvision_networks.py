@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import replace
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +25,9 @@ from fxquant.models_zoo.registry import ZooEntry, load
 from fxquant.models_zoo.torchvision_models import SyntheticSource
 from fxquant.parity import parity
 from fxquant.quantize_fx import convert_fx, convert_to_reference_fx, prepare_fx
+from tests.integration.fresh_process import stored, values
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed"
@@ -32,6 +40,7 @@ QUICK = {
     "shufflenet_v2_x1_0": (64, 3.0),
     "squeezenet1_1": (64, 13.5),
 }
+LARGE = {"resnet50": 64}  # saved and loaded, beside those
 SLOW = [name for name in NETWORKS if name not in QUICK]
 
 BY_DESIGN = {
@@ -56,11 +65,34 @@ def _prepared(entry: ZooEntry) -> QuantGraphModule:
     return calibrate(prepared, entry.calibration, progress=False)
 
 
-def _check(entry: ZooEntry, folder: Path) -> QuantGraphModule:
-    """Everything but the noise; gives the int8 model."""
-    prepared = _prepared(entry)
-    model = convert_fx(prepared, strict=True)
+@dataclass(frozen=True)
+class Case:
+    """A network at three stages."""
 
+    entry: ZooEntry
+    prepared: QuantGraphModule
+    int8: QuantGraphModule
+
+    @property
+    def inputs(self) -> torch.Tensor:
+        """Two pictures."""
+        return self.entry.evaluation[0][0][:2]
+
+
+def _case(entry: ZooEntry) -> Case:
+    prepared = _prepared(entry)
+    return Case(entry, prepared, convert_fx(prepared, strict=True))
+
+
+@pytest.fixture(scope="module")
+def quick() -> dict[str, Case]:
+    sides = {name: side for name, (side, _) in QUICK.items()} | LARGE
+    return {name: _case(_entry(name, side)) for name, side in sides.items()}
+
+
+def _check(case: Case, folder: Path) -> None:
+    """Everything but the noise."""
+    entry, model = case.entry, case.int8
     report = audit(model, entry.example_inputs)
     assert report.mac_coverage == 1.0, str(report)
     assert report.confirmed, str(report)
@@ -68,29 +100,67 @@ def _check(entry: ZooEntry, folder: Path) -> QuantGraphModule:
     assert floats <= BY_DESIGN, str(report)
     assert all(row.reason or row.fate for row in report.fp32)
 
-    inputs = entry.evaluation[0][0][:2]
-    steps = parity(convert_to_reference_fx(prepared), model, (inputs,))
+    inputs = case.inputs
+    steps = parity(convert_to_reference_fx(case.prepared), model, (inputs,))
     assert steps.ok, str(steps)
 
     artifact.save(model, folder / "model.fxq")
     loaded = artifact.load(folder / "model.fxq")
     assert torch.equal(entry.logits(loaded, [inputs]), entry.logits(model, [inputs]))
     assert isinstance(loaded(inputs), dict) == bool(entry.output)
-    return model
+
+
+def _check_in_a_fresh_process(cases: Mapping[str, Case], folder: Path) -> None:
+    """Identical integers and outputs where neither torchvision nor the zoo is imported."""
+    for name, case in cases.items():
+        (folder / name).mkdir()
+        artifact.save(case.int8, folder / name / "model.fxq")
+        torch.save(case.inputs, folder / name / "inputs.pt")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/integration/fresh_process.py"), str(folder)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["strangers"] == []
+    assert found["models"].keys() == cases.keys()
+    for name, case in cases.items():
+        there = found["models"][name]
+        assert there["stored"] == stored(case.int8), name
+        assert there["values"] == values(case.int8, case.inputs), name
+        kinds = {dtype for _, dtype, _ in there["values"]}
+        assert "torch.quint8" in kinds, name
+        assert there["values"][-1][1] == "torch.float32", name  # the output
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_small_pictures(name: str, tmp_path: Path) -> None:
-    side, sqnr = QUICK[name]
-    entry = _entry(name, side)
-    model = _check(entry, tmp_path)
-    assert logit_sqnr(entry, model) >= sqnr
+def test_small_pictures(name: str, quick: dict[str, Case], tmp_path: Path) -> None:
+    case = quick[name]
+    _check(case, tmp_path)
+    assert logit_sqnr(case.entry, case.int8) >= QUICK[name][1]
+
+
+def test_saved_networks_in_a_fresh_process(quick: dict[str, Case], tmp_path: Path) -> None:
+    _check_in_a_fresh_process(quick, tmp_path)
+
+
+def test_the_file_of_resnet50_is_a_quarter(quick: dict[str, Case], tmp_path: Path) -> None:
+    case = quick["resnet50"]
+    artifact.save(case.int8, tmp_path / "int8.fxq")
+    torch.save(case.entry.model.state_dict(), tmp_path / "fp32.pt")
+    sizes = [(tmp_path / name).stat().st_size for name in ("int8.fxq", "fp32.pt")]
+    assert sizes[0] <= 0.26 * sizes[1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW)
 def test_own_resolution(name: str, tmp_path: Path) -> None:
-    _check(_entry(name), tmp_path)
+    case = _case(_entry(name))
+    _check(case, tmp_path)
+    _check_in_a_fresh_process({name: case}, tmp_path)
 
 
 @pytest.mark.slow
@@ -125,7 +195,10 @@ def test_auxiliary_heads_are_left_out_in_evaluation() -> None:
 
 def test_a_dict_of_outputs_stays_one(tmp_path: Path) -> None:
     entry = _entry("lraspp_mobilenet_v3_large", 64)
-    model = _check(entry, tmp_path)
+    case = _case(entry)
+    _check(case, tmp_path)
+    _check_in_a_fresh_process({"lraspp": case}, tmp_path)
+    model = case.int8
     x = entry.example_inputs[0]
     given, wanted = model(x), entry.model(x)
     assert given.keys() == wanted.keys() == {"out"}
