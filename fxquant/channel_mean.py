@@ -1,9 +1,11 @@
-"""The mean of every channel of an activation: what correcting a bias needs to know."""
+"""The mean of every channel of an activation: what correcting a bias needs to know.
 
-from __future__ import annotations
+TorchScript reads the annotations, so they are not postponed.
+"""
 
 import torch
 from torch import Tensor, nn
+from torch._jit_internal import is_scripting
 from torch._subclasses.fake_tensor import FakeTensor
 
 
@@ -28,7 +30,10 @@ class ChannelMean(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Add ``x`` to the sums."""
-        if isinstance(x, FakeTensor) or x.is_meta or x.numel() == 0:
+        if not is_scripting():  # noqa: SIM102  # TorchScript knows no FakeTensor
+            if isinstance(x, FakeTensor) or x.is_meta:
+                return x
+        if x.numel() == 0:
             return x
         self.observe_channels(x.detach().movedim(self.axis, -1))
         return x

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import fx, nn
@@ -24,6 +24,9 @@ from fxquant.errors import ConfigError
 from fxquant.graph_codec import EncodedNode, decode_graph, encode_graph
 from fxquant.metadata import record_of, set_record
 from fxquant.op_view import attribute
+
+PRESERVED_ATTRIBUTES: Final = "_user_preserved_attributes"
+"""Key in ``GraphModule.meta`` of the attributes that the user wants kept, by name."""
 
 
 class Stage(Enum):
@@ -156,7 +159,8 @@ class _PackedOnDemand:
 class QuantGraphModule(fx.GraphModule):
     """A ``GraphModule`` with a :class:`GraphState`, faithful copies and faithful pickles."""
 
-    _state: GraphState
+    if TYPE_CHECKING:  # TorchScript would read the annotation
+        _state: GraphState
 
     def __init__(
         self,
@@ -298,6 +302,22 @@ class QuantGraphModule(fx.GraphModule):
         super().train(mode)
         return self
 
+    # -- TorchScript --------------------------------------------------------------------------
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in the place of this module."""
+        from fxquant.scripting import scriptable
+
+        return scriptable(self)
+
+    def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What ``torch.jit.trace`` runs: without packed weights, which a trace cannot hold."""
+        if self._state.stage is not Stage.LOWERED:
+            return super()._slow_forward(*args, **kwargs)  # type: ignore[no-untyped-call]  # torch has no types for it
+        from fxquant.scripting import run_traced
+
+        return run_traced(self, args, kwargs)
+
     # -- copies and pickles -------------------------------------------------------------------
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantGraphModule:
@@ -331,6 +351,8 @@ class QuantGraphModule(fx.GraphModule):
             if old.name != new.name or old.op != new.op:
                 raise AssertionError(f"a copy renamed node {old.name!r} to {new.name!r}")
             set_record(new, record_of(old))
+        result.meta = dict(result.meta)
+        _set_preserved_attributes(result)
         _copy_training_flags(self, result)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -368,7 +390,14 @@ def _rebuild(
         set_attribute(result, name, buffer)
     result.training = training
     result.meta.update(meta)
+    _set_preserved_attributes(result)
     return result
+
+
+def _set_preserved_attributes(result: QuantGraphModule) -> None:
+    """Set what the user wants kept; ``deepcopy`` of a plain ``GraphModule`` does the same."""
+    for name, value in result.meta.get(PRESERVED_ATTRIBUTES, {}).items():
+        setattr(result, name, value)
 
 
 def _copy_training_flags(source: nn.Module, destination: nn.Module) -> None:

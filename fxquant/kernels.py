@@ -1,13 +1,16 @@
-"""Functions that lowered graphs call beside PyTorch's operators: views between representations."""
+"""Functions that lowered graphs call beside PyTorch's operators: views between representations.
 
-from __future__ import annotations
+TorchScript reads the annotations, so they are not postponed.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._jit_internal import is_scripting
 
 from fxquant.errors import ShapeGuardError
+from fxquant.script_kernels import bag_result
 
 
 def as_bytes(x: Tensor) -> Tensor:
@@ -24,9 +27,8 @@ def as_quantized(x: Tensor, scale: float, zero_point: int) -> Tensor:
 
 def accumulator(other: Tensor, x: Tensor) -> Tensor:
     """``other`` as a sum's accumulator: in channels_last, for every image of ``x``; else a copy."""
-    if other.shape[0] != x.shape[0]:
-        other = other.expand(x.shape[0], -1, -1, -1)
-    return other.contiguous(memory_format=torch.channels_last)
+    expanded = other.expand(x.shape[0], -1, -1, -1)  # no copy, and nothing where it has them all
+    return expanded.contiguous(memory_format=torch.channels_last)
 
 
 def interleave(x: Tensor, height: int, width: int) -> Tensor:
@@ -64,13 +66,22 @@ def checked_input(x: Tensor, name: str, rank: int) -> Tensor:
         ShapeGuardError: fewer dimensions than ``rank``, or another dtype than float32, which the
             float model may take and int8 kernels do not.
     """
-    if x.dim() < rank or x.dtype is not torch.float32:
-        raise ShapeGuardError(
-            f"input {name!r} is {str(x.dtype).removeprefix('torch.')}{list(x.shape)}; the int8"
-            f" model takes float32 of at least {rank} dimensions. Convert it (x.float(),"
-            " x.unsqueeze(0))"
-        )
+    if x.dim() < rank or x.dtype != torch.float32:
+        if is_scripting():
+            raise RuntimeError(
+                f"input {name} is no float32 tensor of at least {rank} dimensions, which the int8"
+                " model takes. Convert it (x.float(), x.unsqueeze(0))"
+            )
+        else:  # noqa: RET506  # TorchScript does not read this branch
+            raise _wrong_input(x, name, rank)
     return x
+
+
+def _wrong_input(x: Tensor, name: str, rank: int) -> ShapeGuardError:
+    return ShapeGuardError(
+        f"input {name!r} is {str(x.dtype).removeprefix('torch.')}{list(x.shape)}; the int8 model"
+        f" takes float32 of at least {rank} dimensions. Convert it (x.float(), x.unsqueeze(0))"
+    )
 
 
 def in_format_of(y: Tensor, x: Tensor | None) -> Tensor:
@@ -107,11 +118,4 @@ def embedding_bag(
     sums: Tensor = kernel(
         packed, indices, offsets, False, 0, False, weights, None, include_last_offset
     )
-    sums = sums[:, :features]
-    if mode == "sum":
-        return sums
-    if offsets is None:
-        return sums / max(indices.shape[1], 1)
-    end = offsets.new_tensor([len(indices)])
-    ends = offsets if include_last_offset else torch.cat([offsets, end])
-    return sums / ends.diff().clamp(min=1).unsqueeze(1)
+    return bag_result(sums, indices, offsets, include_last_offset, mode, features)

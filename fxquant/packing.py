@@ -14,6 +14,7 @@ from fxquant.engines import consume_deprecation_warning, engine
 from fxquant.graph_module import PackRecord, QuantGraphModule, set_attribute
 from fxquant.metadata import record_of
 from fxquant.op_view import attribute
+from fxquant.script_kernels import pack_table
 
 
 def pack(root: nn.Module, record: PackRecord) -> Any:
@@ -212,17 +213,6 @@ def pack_float16_cell(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) ->
     return torch.ops.quantized.make_quantized_cell_params_fp16(
         pack_float16_linear(w_ih, b_ih), pack_float16_linear(w_hh, b_hh)
     )
-
-
-def pack_table(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Any:
-    """Pack a table ``[rows, features]`` of 8- or 4-bit integers for ``quantized::embedding_*``."""
-    dtype = torch.quint8 if bits == 8 else torch.quint4x2
-    values = (weight.to(torch.float32) - zero_point[:, None]) * scale[:, None]
-    if bits == 4 and values.shape[1] % 2:  # the packing runs odd rows into each other
-        values = torch.nn.functional.pad(values, (0, 1))
-    # There is no way to a 4-bit tensor from integers; quantizing their values gives them back.
-    table = torch.quantize_per_channel(values, scale, zero_point, 0, dtype)
-    return torch.ops.quantized.embedding_bag_prepack(table)
 
 
 @dataclass(frozen=True, slots=True)
