@@ -196,7 +196,7 @@ def measure(name: str, *, peers: bool = True) -> NetworkRecord:
     assert isinstance(entry.images, SyntheticSource)
     model = _quantized(entry)
     report = audit(model, entry.example_inputs)
-    scores, failures = {"fxquant": _sqnrs(entry, model)}, {}
+    scores, failures = {"fxquant": sqnrs(entry, model)}, {}
     if peers:
         failures = _add_peers(entry, scores)
     return NetworkRecord(
@@ -242,7 +242,7 @@ def _machine() -> str:
     return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _sqnrs(entry: ZooEntry, model: nn.Module) -> tuple[float, float]:
+def sqnrs(entry: ZooEntry, model: nn.Module) -> tuple[float, float]:
     """SQNR in dB, mean over pictures, and of all pictures together."""
     logits = entry.logits(model, (inputs for inputs, _ in entry.evaluation))
     reference = entry.fp32_logits[: len(logits)]
@@ -258,7 +258,7 @@ def _add_peers(entry: ZooEntry, scores: dict[str, tuple[float, float]]) -> dict[
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the peer: cat of tensors with unlike scales
             try:
-                scores[engine] = _sqnrs(entry, torch_ao(entry, engine))
+                scores[engine] = sqnrs(entry, torch_ao(entry, engine))
             except Exception as error:  # noqa: BLE001  # whatever the peer cannot do
                 failures[engine] = str(error).strip().splitlines()[0]
     return failures
@@ -357,8 +357,8 @@ def page(records: dict[str, NetworkRecord]) -> str:
         " photographs ten times the logits of all others; where they exceed all that was calibrated"
         " on, the SQNR of all pictures together is that of one picture, and tells which quantizer"
         " leaves headroom by accident. The JSON has it.) torch.ao has the default mapping of each"
-        " engine; the best is shown. (The auxiliary heads of GoogLeNet and Inception are in the FP32"
-        " state dict only.) Peaks are the memory that `prepare_fx` and `convert_fx` take"
+        " engine; the best is shown. (The auxiliary heads of GoogLeNet and Inception are in the"
+        " FP32 state dict only.) Peaks are the memory that `prepare_fx` and `convert_fx` take"
         " at most beyond what was there before, what they return included, in multiples of the"
         " FP32 parameters.\n\n"
         "Regenerate with `python -m benchmarks.networks` (`--again` for what was measured before,"

@@ -11,12 +11,13 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from fxquant.errors import ConfigError, did_you_mean
+from fxquant.errors import ConfigError, DataNotFoundError, did_you_mean
 from fxquant.models_zoo import data, digits, metrics
 from fxquant.models_zoo.data import (
     AGREEMENT_VARIANTS,
@@ -43,6 +44,7 @@ from fxquant.models_zoo.torchvision_models import (
     realistic_biased_layers,
     realistic_bn_statistics,
     realistic_layer_scales,
+    resized,
     side_of,
 )
 
@@ -167,8 +169,10 @@ def load(
         name: one of :func:`names`, or ``"torchvision/<model>"``.
         data_dir: the data folder; where it is None, see :func:`~.data.find_data_dir`.
         weights: for torchvision only: None for seeded random weights with realistic batch-norm
-            statistics, or the name of trained weights such as ``"DEFAULT"``, which torchvision
-            downloads.
+            statistics, or the name of trained weights such as ``"DEFAULT"`` or
+            ``"IMAGENET1K_V1"``, which torchvision downloads or takes from its cache. Such a
+            classifier is judged on the labelled photographs of the data folder; where there is no
+            data folder, on seeded pictures and its own FP32 classes, and its description says so.
         side: for torchvision with seeded weights only: height and width of the pictures in pixels;
             None is 224, or what the model was made for.
         photos: for torchvision with seeded weights only: the pictures, and those behind the
@@ -287,15 +291,16 @@ def _torchvision(
     short = name.removeprefix(TORCHVISION_PREFIX)
     model = build(short, weights)
     segmentation = is_segmentation(short)
-    labelled = weights is not None and not segmentation  # the images have no labelled pixels
+    trained = weights is not None and not segmentation  # the images have no labelled pixels
     images: ImageSource
-    if labelled and (side is not None or photos):
+    if trained and (side is not None or photos):
         raise ConfigError(
             f"side={side} and photos={photos} were given, but {name!r} with weights reads labelled"
             " photographs"
         )
-    if labelled:
-        images = ImageNetSource(find_data_dir(data_dir))
+    folder = _labelled_photographs(data_dir) if trained else None
+    if folder is not None:
+        images = ImageNetSource(folder)
     else:
         images = SyntheticSource(
             model=model,
@@ -306,18 +311,34 @@ def _torchvision(
         )
         if weights is None:
             _make_realistic(model, [data.normalized(images.statistics_images())])
-    trained = "seeded random weights" if weights is None else f"weights {weights!r}"
+    origin = "seeded random weights" if weights is None else f"weights {weights!r}"
+    pictures = "photographs" if folder is not None or photos else "seeded pictures"
     return _with_example(
         name=name,
-        description=f"torchvision, {trained}"
-        + ("" if labelled else "; labels are its own FP32 classes"),
+        description=f"torchvision, {origin}, {pictures}"
+        + ("; labels are its own FP32 classes" if folder is None else ""),
         model=model,
-        reference_metric=None if labelled else 100.0,
+        reference_metric=100.0 if folder is None else None,
         images=images,
-        preprocess=data.normalized,
+        preprocess=data.normalized if folder is None else _resized_to(side_of(short)),
         output=output_of(short),
         batch_size=10 if segmentation else 50,
     )
+
+
+def _resized_to(side: int) -> Preprocess:
+    """Inception takes 299 pixels, the photographs have 224."""
+    return lambda images: data.normalized(resized(images, side))
+
+
+def _labelled_photographs(data_dir: DataDir) -> Path | None:
+    """The data folder; ``None`` where there is none and none was asked for."""
+    try:
+        return find_data_dir(data_dir)
+    except DataNotFoundError:
+        if data_dir is not None or os.environ.get(data.DATA_VARIABLE):
+            raise
+        return None
 
 
 def _make_realistic(model: nn.Module, inputs: Sequence[Tensor]) -> None:

@@ -268,10 +268,14 @@ def photographs(data_dir: Path, part: str, count: int, side: int) -> Tensor:
     Raises:
         DataNotFoundError: the sample is not there.
     """
-    images, _ = ImageNetSource(data_dir).read(part, count)
+    return resized(ImageNetSource(data_dir).read(part, count)[0], side)
+
+
+def resized(images: Tensor, side: int) -> Tensor:
+    """Square uint8 pictures ``(N, C, H, H)`` as ``(N, C, side, side)``."""
     if images.shape[-1] == side:
         return images
-    resized = F.interpolate(
+    made = F.interpolate(
         images.float(), size=(side, side), mode="bilinear", align_corners=False, antialias=True
     )
-    return resized.round().clamp(0, 255).to(torch.uint8)
+    return made.round().clamp(0, 255).to(torch.uint8)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.networks import NETWORKS
+from benchmarks.networks import NETWORKS, sqnrs
 from benchmarks.peers import TORCH_AO_ENGINES, torch_ao
 from fxquant import artifact
 from fxquant.audit import audit
@@ -171,8 +171,9 @@ def test_no_noisier_than_torch_ao(name: str) -> None:
     entry = _entry(name)
     images = replace(entry.images, calibration_count=48, evaluation_count=16)  # type: ignore[type-var]  # a dataclass, as _entry asserts
     entry = replace(entry, images=images)
-    ours = logit_sqnr(entry, convert_fx(_prepared(entry)))
-    best = max(logit_sqnr(entry, torch_ao(entry, engine)) for engine in TORCH_AO_ENGINES)
+    # Every picture counts alike: RegNetY gives one of them a thousand times the usual power.
+    ours, _ = sqnrs(entry, convert_fx(_prepared(entry)))
+    best = max(sqnrs(entry, torch_ao(entry, engine))[0] for engine in TORCH_AO_ENGINES)
     assert ours >= best - 1.0
 
 

@@ -263,6 +263,83 @@ def test_pictures_are_exposed_alike() -> None:
     assert torch.equal(images, seeded_images(6, seed=3, side=40).float())
 
 
+def _put_into_cache(name: str, weights: str, home: Path) -> dict[str, Tensor]:
+    """A state dict where torch.hub keeps what it has downloaded, under the file's own name."""
+    models = import_torchvision().models
+    url = models.get_model_weights(name)[weights].url
+    options = {"weights_backbone": None} if name.startswith("lraspp") else {}
+    state: dict[str, Tensor] = models.get_model(name, weights=None, **options).state_dict()
+    checkpoints = home / "hub" / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    torch.save(state, checkpoints / Path(url).name)
+    return state
+
+
+@pytest.fixture
+def torch_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    def refused(url: str, *_: object, **__: object) -> None:
+        pytest.fail(f"{url} would be downloaded")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refused)
+    return tmp_path
+
+
+@needs_torchvision
+@pytest.mark.parametrize(
+    ("name", "asked", "meant"),
+    [
+        ("squeezenet1_1", "IMAGENET1K_V1", "IMAGENET1K_V1"),
+        ("squeezenet1_1", "DEFAULT", "IMAGENET1K_V1"),
+        ("mobilenet_v2", "DEFAULT", "IMAGENET1K_V2"),
+        ("mobilenet_v2", "IMAGENET1K_V1", "IMAGENET1K_V1"),
+    ],
+)
+def test_named_weights_come_from_the_cache_of_torch_hub(
+    name: str, asked: str, meant: str, torch_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = _put_into_cache(name, meant, torch_home)
+    monkeypatch.delenv("FXQUANT_DATA", raising=False)
+    monkeypatch.setattr(data, "_default_data_dirs", lambda: ())
+    entry = load(f"torchvision/{name}", weights=asked)
+    found = entry.model.state_dict()
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[key], state[key]) for key in state)
+    assert repr(asked) in entry.description
+    assert "seeded pictures; labels are its own" in entry.description  # no data folder here
+    assert not entry.model.training
+
+
+@needs_torchvision
+def test_weights_of_segmentation(torch_home: Path) -> None:
+    state = _put_into_cache("lraspp_mobilenet_v3_large", "COCO_WITH_VOC_LABELS_V1", torch_home)
+    entry = load("torchvision/lraspp_mobilenet_v3_large", weights="DEFAULT", side=32)
+    assert all(torch.equal(entry.model.state_dict()[key], state[key]) for key in state)
+    with torch.no_grad():
+        assert entry.model(*entry.example_inputs)["out"].shape == (1, 21, 32, 32)
+
+
+@needs_torchvision
+def test_trained_networks_are_judged_by_labels(torch_home: Path, data_dir: Path) -> None:
+    _put_into_cache("squeezenet1_1", "IMAGENET1K_V1", torch_home)
+    entry = load("torchvision/squeezenet1_1", weights="DEFAULT", data_dir=data_dir)
+    assert entry.reference_metric is None
+    assert "photographs" in entry.description
+    _, labels = ImageNetSource(data_dir).read("test_a", 50)
+    inputs, found = entry.evaluation[0]
+    assert torch.equal(found, labels)
+    assert inputs.shape == (50, 3, 224, 224)
+    with pytest.raises(ConfigError, match="reads labelled photographs"):
+        load("torchvision/squeezenet1_1", weights="DEFAULT", side=64, data_dir=data_dir)
+
+
+@needs_torchvision
+def test_a_named_data_folder_must_be_there(torch_home: Path, tmp_path: Path) -> None:
+    _put_into_cache("squeezenet1_1", "IMAGENET1K_V1", torch_home)
+    with pytest.raises(DataNotFoundError, match="is not a folder"):
+        load("torchvision/squeezenet1_1", weights="DEFAULT", data_dir=tmp_path / "nowhere")
+
+
 @needs_torchvision
 def test_torchvision_errors_name_the_choices() -> None:
     with pytest.raises(ConfigError, match="'resnet19'; did you mean 'resnet1"):
