@@ -7,7 +7,8 @@
     |   |-- SpecError                             dtype, range, axis or qscheme cannot be honoured
     |   |-- UnknownKeyError                       a dict holds a key that nobody reads
     |   |-- UnmatchedRuleError (LookupError)      a rule names something the model does not have
-    |   `-- UnsupportedBackendError (AssertionError)  there are no defaults under that name
+    |   |-- UnsupportedBackendError (AssertionError)  there are no defaults under that name
+    |   `-- QConfigMismatchError (AssertionError)  convert asks for something else than prepare did
     |-- MissingExampleInputsError (TypeError)     prepare_fx was called without example inputs
     |-- NotAGraphModuleError (ValueError)         convert_fx got something that was never traced
     |-- NotPreparedError (AssertionError)         convert_fx got a graph without observers
@@ -67,6 +68,10 @@ class UnmatchedRuleError(ConfigError, LookupError):
 
 class UnsupportedBackendError(ConfigError, AssertionError):
     """There are no default qconfigs under the given backend name."""
+
+
+class QConfigMismatchError(ConfigError, AssertionError):
+    """The mapping given to convert asks for something else than the one given to prepare."""
 
 
 class MissingExampleInputsError(FxQuantError, TypeError):

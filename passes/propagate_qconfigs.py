@@ -50,11 +50,11 @@ class PropagateQConfigs(Pass):
                 continue
             record = record_of(node)
             seen.add(record.scope)
-            subject = _subject(gm, node)
-            resolution = resolve(self.mapping, **subject)
+            found = subject(gm, node)
+            resolution = resolve(self.mapping, **found)
             matched.update(resolution.matched_keys)
             rule = resolution.rule
-            if rule.startswith("object_type") and self._is_default(subject["target_types"]):
+            if rule.startswith("object_type") and self._is_default(found["target_types"]):
                 rule = f"{rule} {DEFAULT}"
             if record.qconfig != resolution.qconfig or record.rule != rule:
                 update_record(node, qconfig=resolution.qconfig, rule=rule)
@@ -124,7 +124,7 @@ def _method_hint(name: str) -> str:
     return "; the name of a method goes under object_type" if name in KIND_BY_METHOD else ""
 
 
-def _subject(gm: QuantGraphModule, node: fx.Node) -> dict[str, Any]:
+def subject(gm: QuantGraphModule, node: fx.Node) -> dict[str, Any]:
     """What the precedence of :func:`fxquant.qconfig_mapping.resolve` looks at."""
     record = record_of(node)
     kinds = tuple(dict.fromkeys((type_of(gm, node), *_written_as(node))))

@@ -1,0 +1,331 @@
+"""The calls of torch.ao's FX API: prepare, convert, fuse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import fx, nn
+
+from fxquant.backend_config import BackendConfig, as_backend_config
+from fxquant.capture import capture, own_copy
+from fxquant.custom_config import (
+    ConvertCustomConfig,
+    FuseCustomConfig,
+    PrepareCustomConfig,
+    as_convert_custom_config,
+    as_fuse_custom_config,
+    as_prepare_custom_config,
+)
+from fxquant.dict_policy import TORCH_AO, note_legacy_form
+from fxquant.errors import (
+    ConfigError,
+    Diagnostics,
+    NotAGraphModuleError,
+    NotPreparedError,
+    QConfigMismatchError,
+)
+from fxquant.graph_codec import encode_graph
+from fxquant.graph_module import PRESERVED_ATTRIBUTES, QuantGraphModule, Stage
+from fxquant.ledger import build_ledger
+from fxquant.metadata import add_reason, record_of, update_record
+from fxquant.pass_manager import PassContext
+from fxquant.passes.propagate_qconfigs import subject
+from fxquant.passes.to_reference import is_observer
+from fxquant.pipelines import (
+    compat_lowering_pipeline,
+    compat_prepare_pipeline,
+    compat_reference_pipeline,
+    fuse_pipeline,
+)
+from fxquant.qconfig_mapping import QConfigMapping, normalize, resolve
+from fxquant.rewriter import GraphRewriter
+from fxquant.shapes import record_shapes
+from fxquant.targets.compat import X86_COMPAT, compat_target
+from fxquant.targets.table import Target
+
+_MAPPING: Final = "fxquant_qconfig_mapping"
+"""Key in ``GraphModule.meta`` of the mapping that a model was prepared with."""
+_LEVELS: Final = {
+    "global": "",
+    "object type": "object_type_qconfigs",
+    "module name regex": "module_name_regex_qconfigs",
+    "module name": "module_name_qconfigs",
+    "module name object type order": "module_name_object_type_order_qconfigs",
+}
+
+
+def prepare_fx(
+    model: nn.Module,
+    qconfig_mapping: QConfigMapping | Mapping[str, Any] | Any,
+    example_inputs: Any,
+    prepare_custom_config: PrepareCustomConfig | Mapping[str, Any] | Any = None,
+    _equalization_config: Any = None,
+    backend_config: BackendConfig | Mapping[str, Any] | Any = None,
+) -> QuantGraphModule:
+    """Trace, fuse and observe ``model`` for post-training quantization, as torch.ao does.
+
+    Args:
+        model: any module, or a traced ``GraphModule``. It is not touched.
+        qconfig_mapping: which op is quantized how; fxquant's or torch.ao's ``QConfigMapping``, or
+            the legacy dict. Rules that match nothing are warnings.
+        example_inputs: a tuple of inputs. Where they do not run, what needs shapes does without.
+        prepare_custom_config: fxquant's, torch.ao's, or the legacy dict.
+        _equalization_config: must be empty.
+        backend_config: what the backend serves; ``None`` is torch.ao's native one.
+
+    Returns:
+        A prepared ``GraphModule`` with observers ``activation_post_process_N``.
+
+    Raises:
+        TrainingModeError: a batch-norm would be folded while the model trains.
+        UntraceableError: the model, or a part that is not listed as non-traceable, cannot be
+            traced (also fx's ``TraceError``).
+        ConfigError: a config that is none, or ``_equalization_config``.
+    """
+    if _equalization_config:
+        raise ConfigError(
+            "_equalization_config is not read: fxquant has no observers for it. Equalize the"
+            " weights of the float model before prepare_fx, or give layers per-channel weights"
+        )
+    return _prepare(model, qconfig_mapping, example_inputs, prepare_custom_config, backend_config)
+
+
+def _prepare(
+    model: nn.Module, mapping: Any, example_inputs: Any, custom: Any, backend_config: Any
+) -> QuantGraphModule:
+    diagnostics = Diagnostics()
+    config = as_prepare_custom_config(custom, TORCH_AO, diagnostics)
+    rules = _rules(mapping, diagnostics)
+    target = _target(backend_config)
+    gm = capture(
+        model, diagnostics, example_inputs, leaves=_leaves(model, config), strict_capture=True
+    )
+    record_shapes(gm, example_inputs, diagnostics)
+    gm.update_state(target=X86_COMPAT.name, ledger=build_ledger(gm))
+    paths = tuple(name for name, _ in model.named_modules(remove_duplicate=False))
+    context = PassContext(target=target, diagnostics=diagnostics)
+    compat_prepare_pipeline(rules, paths).run(gm, context)
+    gm.meta[_MAPPING] = rules
+    _preserve(gm, model, config.preserved_attributes)
+    _set_qconfigs(gm)
+    return gm
+
+
+def _rules(mapping: Any, diagnostics: Diagnostics) -> QConfigMapping:
+    """The mapping, read as torch.ao reads it: rules that match nothing are no errors."""
+    if isinstance(mapping, Mapping):
+        note_legacy_form("QConfig dictionary", "prepare", "QConfigMapping", TORCH_AO, diagnostics)
+        known = {key: value for key, value in mapping.items() if key in _LEGACY_KEYS}
+        rules = normalize(QConfigMapping.from_dict(known))
+    else:
+        rules = normalize(mapping)
+    copied = QConfigMapping.from_dict(rules.to_dict())
+    copied._default_object_types = rules.default_object_types
+    copied.from_torch_ao = True
+    return copied
+
+
+_LEGACY_KEYS: Final = (
+    "",
+    "object_type",
+    "module_name_regex",
+    "module_name",
+    "module_name_object_type_order",
+)
+
+
+def _target(backend_config: Any) -> Target:
+    config = as_backend_config(backend_config, TORCH_AO)
+    return X86_COMPAT if config is None else compat_target(config)
+
+
+def _leaves(model: nn.Module, config: PrepareCustomConfig) -> dict[str, str]:
+    """Paths of the submodules that are not traced into, with the reason."""
+    found = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path and (
+            path in config.non_traceable_module_names
+            or type(module) in config.non_traceable_module_classes
+        ):
+            found[path] = "listed as non-traceable, so it stays as it is"
+    return found
+
+
+def _preserve(gm: QuantGraphModule, source: nn.Module, names: list[str]) -> None:
+    """Keep attributes of ``source``, through copies too."""
+    kept = {name: getattr(source, name) for name in names if hasattr(source, name)}
+    gm.meta[PRESERVED_ATTRIBUTES] = kept
+    for name, value in kept.items():
+        setattr(gm, name, value)
+
+
+def _set_qconfigs(gm: QuantGraphModule) -> None:
+    """Let every called module carry its qconfig; code looks there."""
+    for node in gm.graph.nodes:
+        if node.op == "call_module" and not is_observer(node):
+            module: Any = gm.get_submodule(str(node.target))
+            module.qconfig = record_of(node).qconfig
+
+
+def convert_fx(
+    graph_module: nn.Module,
+    convert_custom_config: ConvertCustomConfig | Mapping[str, Any] | Any = None,
+    _remove_qconfig: bool = True,
+    qconfig_mapping: QConfigMapping | Mapping[str, Any] | Any = None,
+    backend_config: BackendConfig | Mapping[str, Any] | Any = None,
+) -> QuantGraphModule:
+    """Turn a prepared module into one that runs int8 kernels.
+
+    Args:
+        graph_module: what :func:`prepare_fx` returned. It is not touched (torch.ao consumes it).
+        convert_custom_config: fxquant's, torch.ao's, or the legacy dict.
+        _remove_qconfig: take the ``qconfig`` attributes off the modules.
+        qconfig_mapping: the mapping of prepare with some values set to ``None``: those ops come
+            out in floating point.
+        backend_config: read for torch.ao's signature; the one given to prepare decides.
+
+    Raises:
+        NotAGraphModuleError: it was never traced.
+        NotPreparedError: it has no observers.
+        QConfigMismatchError: ``qconfig_mapping`` asks for something else than prepare did.
+    """
+    gm, context = _reference(graph_module, convert_custom_config, qconfig_mapping)
+    gm.update_state(reference=tuple(encode_graph(gm.graph)))
+    compat_lowering_pipeline().run(gm, context)
+    return _finished(gm, remove_qconfig=_remove_qconfig)
+
+
+def convert_to_reference_fx(
+    graph_module: nn.Module,
+    convert_custom_config: ConvertCustomConfig | Mapping[str, Any] | Any = None,
+    _remove_qconfig: bool = True,
+    qconfig_mapping: QConfigMapping | Mapping[str, Any] | Any = None,
+    backend_config: BackendConfig | Mapping[str, Any] | Any = None,
+) -> QuantGraphModule:
+    """Turn a prepared module into quantize, dequantize and float ops; see :func:`convert_fx`."""
+    gm, _ = _reference(graph_module, convert_custom_config, qconfig_mapping)
+    return _finished(gm, remove_qconfig=_remove_qconfig)
+
+
+def _finished(gm: QuantGraphModule, *, remove_qconfig: bool) -> QuantGraphModule:
+    gm.meta.pop(_MAPPING, None)
+    if remove_qconfig:
+        for module in gm.modules():
+            if "qconfig" in vars(module):
+                del module.qconfig
+    return gm
+
+
+def _reference(
+    prepared: object, custom: Any, qconfig_mapping: Any
+) -> tuple[QuantGraphModule, PassContext]:
+    if not isinstance(prepared, fx.GraphModule):
+        raise NotAGraphModuleError(
+            f"input model must be a GraphModule, Got type:{type(prepared)} Please make sure to"
+            " follow the tutorials."
+        )
+    if not isinstance(prepared, QuantGraphModule) or prepared.state.stage is not Stage.PREPARED:
+        raise NotPreparedError(
+            "incoming model must be produced by prepare_fx (or prepare_qat_fx), and can be"
+            " converted once"
+        )
+    diagnostics = Diagnostics()
+    config = as_convert_custom_config(custom, TORCH_AO, diagnostics)
+    gm = own_copy(prepared)
+    assert isinstance(gm, QuantGraphModule)
+    if qconfig_mapping is not None:
+        _SwitchOff(gm, prepared.meta[_MAPPING], _rules(qconfig_mapping, diagnostics)).run()
+    context = PassContext(target=X86_COMPAT, diagnostics=diagnostics)
+    compat_reference_pipeline().run(gm, context)
+    _preserve(gm, prepared, config.preserved_attributes)
+    return gm, context
+
+
+@dataclass(frozen=True)
+class _SwitchOff:
+    """Takes ops out of quantization that convert's mapping sets to ``None``."""
+
+    gm: QuantGraphModule
+    before: QConfigMapping
+    now: QConfigMapping
+
+    def run(self) -> None:
+        """Clear their annotations, and the observers that only they have."""
+        self._check()
+        off = set()
+        for node in self.gm.graph.nodes:
+            record = record_of(node)
+            if record.annotation is None or record.qconfig is None:
+                continue
+            if resolve(self._merged(), **subject(self.gm, node)).qconfig is None:
+                off.add(node.name if record.fusion is None else record.fusion.first)
+        rewriter = GraphRewriter(self.gm, "convert_fx")
+        switched = [node for node in self.gm.graph.nodes if self._head(node) in off]
+        for node in switched:
+            update_record(node, annotation=None, qconfig=None)
+            add_reason(node, "qconfig_mapping of convert_fx sets it to None")
+        for node in list(self.gm.graph.nodes):
+            around = [*node.all_input_nodes, *node.users]
+            if is_observer(node) and all(other in switched for other in around):
+                rewriter.replace_uses(node, node.all_input_nodes[0])
+                rewriter.erase(node)
+        rewriter.finish()
+
+    def _head(self, node: fx.Node) -> str:
+        fusion = record_of(node).fusion
+        return node.name if fusion is None else fusion.first
+
+    def _merged(self) -> QConfigMapping:
+        """What convert says, and what prepare said where convert is silent."""
+        both = self.before.to_dict()
+        for level, entries in self.now.to_dict().items():
+            if level == "":
+                both[""] = entries
+                continue
+            known = {entry[:-1]: entry for entry in both[level]}
+            known.update({entry[:-1]: entry for entry in entries})
+            both[level] = list(known.values())
+        return QConfigMapping.from_dict(both)
+
+    def _check(self) -> None:
+        for name, attribute in _LEVELS.items():
+            if attribute == "":
+                pairs = [(self.before.global_qconfig, self.now.global_qconfig)]
+            else:
+                old, new = getattr(self.before, attribute), getattr(self.now, attribute)
+                pairs = [(old[key], new[key]) for key in old.keys() & new.keys()]
+            for old_value, new_value in pairs:
+                if new_value is not None and new_value != old_value:
+                    raise QConfigMismatchError(
+                        f"Expected {name} qconfigs to be the same in the prepare and convert"
+                        f" quantization configs (or None in convert): {old_value}, {new_value}"
+                    )
+
+
+def fuse_fx(
+    model: nn.Module,
+    fuse_custom_config: FuseCustomConfig | Mapping[str, Any] | Any = None,
+    backend_config: BackendConfig | Mapping[str, Any] | Any = None,
+) -> QuantGraphModule:
+    """Trace ``model`` and fold its batch-norms; nothing is quantized.
+
+    Args:
+        model: a module in evaluation mode. It is not touched.
+        fuse_custom_config: fxquant's, torch.ao's, or the legacy dict.
+        backend_config: whose patterns are fused.
+
+    Raises:
+        TrainingModeError: a batch-norm would be folded while the model trains.
+    """
+    diagnostics = Diagnostics()
+    config = as_fuse_custom_config(fuse_custom_config, TORCH_AO, diagnostics)
+    gm = capture(model, diagnostics, None, strict_capture=True)
+    record_shapes(gm, None, diagnostics)
+    gm.update_state(ledger=build_ledger(gm))
+    context = PassContext(target=_target(backend_config), diagnostics=diagnostics)
+    fuse_pipeline().run(gm, context)
+    gm.update_state(stage=Stage.FUSED)
+    _preserve(gm, model, config.preserved_attributes)
+    return gm
