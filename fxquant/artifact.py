@@ -26,13 +26,14 @@ from fxquant.errors import ArtifactError, Diagnostics
 from fxquant.graph_codec import EncodedNode, decode_graph, decode_target, encode_graph
 from fxquant.graph_module import QuantGraphModule, Stage, derive, set_attribute
 from fxquant.json_codec import decode, encode
+from fxquant.machine import architecture, instruction_sets, settings
 from fxquant.op_catalog import KIND_BY_FUNCTION, KIND_BY_METHOD
 from fxquant.op_view import attribute
 from fxquant.pass_manager import PassContext, run_pass
 from fxquant.passes.inline_modules import InlineModules
 from fxquant.passes.to_reference import is_observer
 from fxquant.pipelines import lowering_pipeline
-from fxquant.targets.registry import target_named
+from fxquant.targets.registry import target_here, target_named
 
 FORMAT = 1
 """Version of the file format; a file with a higher one is refused."""
@@ -119,11 +120,14 @@ def load(path: str | os.PathLike[str], *, strict: bool = False) -> QuantGraphMod
     except Exception as error:
         raise ArtifactError(f"{path} is corrupt: {error}") from error
     if stage is Stage.LOWERED:
-        result.update_state(reference=tuple(nodes))
-        context = PassContext(
-            target=target_named(state.target), diagnostics=Diagnostics(strict=strict)
-        )
-        lowering_pipeline().run(result, context)
+        diagnostics = Diagnostics(strict=strict)
+        target = target_here(state.target, diagnostics)
+        result.update_state(target=target.name)
+        if target.executes:
+            result.update_state(reference=tuple(nodes))
+            origin = _described(header["made_on"])
+            context = PassContext(target=target, diagnostics=diagnostics)
+            lowering_pipeline(origin).run(result, context)
     return result
 
 
@@ -131,9 +135,19 @@ def made_on() -> dict[str, Any]:
     """The machine and versions that a file records."""
     return {
         "torch": torch.__version__,
+        "machine": architecture(),
+        "isa": list(instruction_sets()),
+        "settings": settings(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "engines": list(torch.backends.quantized.supported_engines),
     }
+
+
+def _described(machine: dict[str, Any]) -> str:
+    """The machine of a file in a few words: ``x86_64 with AVX2, AVX512``."""
+    isa = ", ".join(machine.get("isa") or [str(machine.get("cpu"))])
+    limits = ", ".join(f"{k}={v}" for k, v in dict(machine.get("settings", {})).items())
+    return f"{machine.get('machine', 'a machine')} with {isa}{f' ({limits})' if limits else ''}"
 
 
 def inspect_header(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -136,11 +136,13 @@ class Lowering:
         rewriter: of the graph.
         values: quantize node of the reference graph -> its value in the lowered graph.
         order: when each reference node's kernel runs, as a position in the graph.
+        engines: of the target; empty where it chooses by form.
     """
 
     rewriter: GraphRewriter
     values: dict[object, IntValue] = field(default_factory=dict)
     order: Mapping[fx.Node, int] = field(default_factory=dict)
+    engines: tuple[str, ...] = ()
     _converted: dict[tuple[fx.Node, Representation], fx.Node] = field(default_factory=dict)
 
     @property

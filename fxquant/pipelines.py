@@ -24,6 +24,7 @@ from fxquant.passes.prepack import Prepack
 from fxquant.passes.propagate_qconfigs import PropagateQConfigs
 from fxquant.passes.recognize_channel_shuffle import RecognizeChannelShuffle
 from fxquant.passes.remove_identities import RemoveIdentities
+from fxquant.passes.round_biases import RoundBiases
 from fxquant.passes.share_parameters import ShareParameters
 from fxquant.passes.take_pieces import TakePieces
 from fxquant.passes.to_reference import ToReference
@@ -80,6 +81,7 @@ def reference_pipeline() -> Pipeline:
         (
             CorrectBias(),  # needs the float weights, and takes the channel means out
             ToReference(),  # parameters are computed here, once
+            RoundBiases(),  # steps of a sum are known once its scales are
             AbsorbClamps(),  # needs final parameters
             CancelQuantize(),  # moved values and absorbed clamps leave pairs that do nothing
             InlineModules(),  # what stays in FP32 needs no module objects
@@ -89,12 +91,16 @@ def reference_pipeline() -> Pipeline:
     )
 
 
-def lowering_pipeline() -> Pipeline:
-    """Reference graph to kernels."""
+def lowering_pipeline(made_on: str = "") -> Pipeline:
+    """Reference graph to kernels.
+
+    Args:
+        made_on: the machine that the graph was quantized on, where it was another one.
+    """
     return Pipeline(
         "lower",
         (
-            FitWeights(),  # a graph from another machine may overflow kernels of this one
+            FitWeights(made_on),  # a graph from another machine may overflow kernels of this one
             Lower(),  # kernels, in graph order
             GuardBoundary(),  # callers see the float model's inputs and outputs
             Prepack(),  # weights packed once, not per call

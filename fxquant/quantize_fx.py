@@ -31,7 +31,7 @@ from fxquant.pipelines import (
 )
 from fxquant.qconfig_mapping import QConfigMapping, get_default_qconfig_mapping, normalize
 from fxquant.shapes import record_shapes
-from fxquant.targets.registry import target_named
+from fxquant.targets.registry import target_here, target_named
 
 
 class _Missing:
@@ -66,7 +66,8 @@ def prepare_fx(
         example_inputs: a tuple of inputs that the model accepts (one tensor, or a dict of keyword
             inputs, will do). Shapes come from them. ``None`` goes without shapes: residual adds
             are then not fused and MACs not counted.
-        target: ``"x86"`` or ``"reference"``.
+        target: ``"x86"``, ``"qnnpack"`` (ARM) or ``"reference"``. Where its kernels cannot run,
+            ``"reference"`` is taken, with a warning.
         bias_correction: correct the biases of convolutions and linears for the mean error of their
             rounded weights (4 dB on EfficientNet-Lite0); calibration then also watches the mean of
             every channel, in modules ``channel_mean_N``.
@@ -89,7 +90,7 @@ def prepare_fx(
         )
     _check_module(model, "prepare_fx")
     diagnostics = Diagnostics(strict=strict)
-    chosen = target_named(target)
+    chosen = target_here(target, diagnostics)
     mapping = (
         get_default_qconfig_mapping("x86")
         if qconfig_mapping is None
@@ -204,9 +205,9 @@ def _reference(
         )
     gm = own_copy(prepared, share=True)
     assert isinstance(gm, QuantGraphModule)
-    context = PassContext(
-        target=target_named(gm.state.target), diagnostics=Diagnostics(strict=strict)
-    )
+    diagnostics = Diagnostics(strict=strict)
+    context = PassContext(target=target_here(gm.state.target, diagnostics), diagnostics=diagnostics)
+    gm.update_state(target=context.target.name)
     reference_pipeline().run(gm, context)
     take_apart(gm, prepared)
     return gm, context

@@ -22,19 +22,22 @@ from fxquant.rewriter import GraphRewriter
 from fxquant.specs import QParams, dequantize, quantize
 from fxquant.weight_fit import Reduction, chosen, fit, tell, weighted_ops
 
-CAUSE = "the model was quantized for a CPU with other kernels"
-
 
 @dataclass(frozen=True)
 class FitWeights(Pass):
     """Enlarge the scales of the output channels that a kernel of this machine could overflow.
 
     Nothing where the kernels add in 32 bits, and nothing on a graph that was quantized here.
+
+    Args:
+        made_on: where the graph was quantized, for the warning.
     """
 
     name: ClassVar[str] = "fit-weights"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.REFERENCE})
     establishes: ClassVar[frozenset[Fact]] = frozenset({Fact.WEIGHTS_FIT})
+
+    made_on: str = ""
 
     def run(self, gm: QuantGraphModule, context: PassContext) -> PassResult:
         """Fit every weight to all the kernels that will read it."""
@@ -57,7 +60,9 @@ class FitWeights(Pass):
             reduction = _fit(rewriter, node, op, [choice for _, _, choice in found])
             if reduction is not None:
                 reductions[node.name] = reduction
-        tell(gm, reductions, context.diagnostics, CAUSE)
+        origin = f" ({self.made_on})" if self.made_on else ""
+        cause = f"the model was quantized for a CPU with other kernels{origin}"
+        tell(gm, reductions, context.diagnostics, cause)
         return PassResult(changes=rewriter.finish())
 
 

@@ -36,7 +36,7 @@ class Lower(Pass):
         rewriter = GraphRewriter(gm, self.name)
         nodes = list(gm.graph.nodes)
         groups = _groups(nodes)
-        lowering = Lowering(rewriter, order=_order(nodes, groups))
+        lowering = Lowering(rewriter, order=_order(nodes, groups), engines=context.target.engines)
         refusals = []
         dead_before = {node for node in nodes if not node.users}
         for node in nodes:

@@ -28,6 +28,9 @@ FLOAT_INPUT = "an input is in floating point, so there are no integers to comput
 FLOAT_WEIGHT = "its weight is in floating point"
 
 
+WRITES_INTEGERS = "its result is read in floating point, and the kernel writes integers"
+
+
 def refused(site: Site, weight: Weight, choice: KernelChoice) -> str | None:
     """Why the chosen kernel must not run with this weight, or ``None``."""
     integers = attribute(site.lowering.gm, str(weight.integers.target))

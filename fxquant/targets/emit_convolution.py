@@ -18,6 +18,7 @@ from fxquant.targets.emit_common import (
     FLOAT_INPUT,
     FLOAT_WEIGHT,
     QUANTIZED,
+    WRITES_INTEGERS,
     clamp_epilogue,
     emit_float_head,
     finish,
@@ -73,7 +74,7 @@ def _emit_packed_convolution(
     lowering, op = site.lowering, site.op
     dimensions = int(op.name[-2])
     stride, padding, dilation, groups = geometry(op)
-    choice = packed_kernel(geometry_of(op))
+    choice = packed_kernel(geometry_of(op), lowering.engines)
     reason = refused(site, weight, choice)
     if reason is not None:
         return reason
@@ -112,6 +113,8 @@ def _emit_pointwise_convolution(
 ) -> str | None:
     lowering, op = site.lowering, site.op
     stride, padding, dilation, groups = geometry(op)
+    if lowering.engines:
+        return WRITES_INTEGERS
     reason = refused(site, weight, pointwise_kernel(geometry_of(op)))
     if reason is not None:
         return reason

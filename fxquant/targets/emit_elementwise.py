@@ -14,7 +14,14 @@ from fxquant.engine_free import add, add_relu
 from fxquant.lowering import Lowering, Site
 from fxquant.metadata import shape_of
 from fxquant.op_view import Op
-from fxquant.targets.emit_common import FLOAT_INPUT, QUANTIZED, clamp_epilogue, finish, finish_clamp
+from fxquant.targets.emit_common import (
+    FLOAT_INPUT,
+    QUANTIZED,
+    WRITES_INTEGERS,
+    clamp_epilogue,
+    finish,
+    finish_clamp,
+)
 
 _BINARY: Final[dict[str, Callable[..., Any]]] = {
     "add": add,
@@ -30,7 +37,7 @@ def emit_binary(site: Site) -> str | None:
     if inputs is None or len(inputs) != 2:
         return FLOAT_INPUT
     if site.quantize is None:
-        return "its result is read in floating point, and the kernel writes integers"
+        return WRITES_INTEGERS
     clamp = clamp_epilogue(site.epilogues)
     relu = clamp is not None and bounds_of(clamp)[0] == 0.0
     name = f"{site.op.name}{'_relu' if relu else ''}"
@@ -74,7 +81,7 @@ def _emit_plain(site: Site, target: Any, kernel: str, *options: Any) -> str | No
     if inputs is None:
         return FLOAT_INPUT
     if site.quantize is None:
-        return "its result is read in floating point, and the kernel writes integers"
+        return WRITES_INTEGERS
     sources = [site.lowering.held_as(x, QUANTIZED, at=site.last) for x in inputs]
     node = site.lowering.emit(
         site, target, (*sources, *options, site.output_scale, site.output_zero_point), kernel
@@ -89,7 +96,7 @@ def emit_batch_norm(site: Site) -> str | None:
     if inputs is None:
         return FLOAT_INPUT
     if site.quantize is None:
-        return "its result is read in floating point, and the kernel writes integers"
+        return WRITES_INTEGERS
     lowering, op = site.lowering, site.op
     clamp = clamp_epilogue(site.epilogues)
     relu = clamp is not None and bounds_of(clamp)[0] == 0.0

@@ -16,6 +16,7 @@ from fxquant.targets.emit_common import (
     FLOAT_WEIGHT,
     LINEAR_POST_OPS,
     QUANTIZED,
+    WRITES_INTEGERS,
     clamp_epilogue,
     emit_float_head,
     finish,
@@ -50,7 +51,7 @@ def emit_linear(site: Site) -> str | None:
 
 def _emit_packed_linear(site: Site, x: IntValue, weight: Weight, clamp: Op | None) -> str | None:
     lowering = site.lowering
-    choice = packed_kernel(geometry_of(site.op))
+    choice = packed_kernel(geometry_of(site.op), lowering.engines)
     reason = refused(site, weight, choice)
     if reason is not None:
         return reason
@@ -86,6 +87,8 @@ def _emit_pointwise_linear(
     site: Site, x: IntValue, weight: Weight, post: tuple[str, list[Any], str]
 ) -> str | None:
     lowering = site.lowering
+    if lowering.engines:
+        return WRITES_INTEGERS
     reason = refused(site, weight, pointwise_kernel(geometry_of(site.op)))
     if reason is not None:
         return reason

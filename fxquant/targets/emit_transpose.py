@@ -12,6 +12,7 @@ from fxquant.targets.emit_common import (
     FLOAT_INPUT,
     FLOAT_WEIGHT,
     QUANTIZED,
+    WRITES_INTEGERS,
     clamp_epilogue,
     clamped,
     finish,
@@ -31,8 +32,8 @@ def emit_convolution_transpose(site: Site) -> str | None:
     if weight is None:
         return FLOAT_WEIGHT
     if site.quantize is None:
-        return "its result is read in floating point, and the kernel writes integers"
-    choice = transposed_kernel(site.op)
+        return WRITES_INTEGERS
+    choice = transposed_kernel(site.op, site.lowering.engines)
     reason = refused(site, weight, choice)
     if reason is not None:
         return reason

@@ -25,17 +25,22 @@ _LARGEST_SIZE: Final = 64
 """Images are probed up to this size: it costs less, and no kernel was seen to change above it."""
 
 
-def kernel_for(op: Op, epilogues: Sequence[str], *, integers: bool) -> KernelChoice:
+def kernel_for(
+    op: Op, epilogues: Sequence[str], *, integers: bool, engines: tuple[str, ...] = ()
+) -> KernelChoice:
     """The kernel that runs ``op`` on this machine.
 
     Args:
         op: a convolution, a transposed one or a linear, in a float or reference graph.
         epilogues: kinds of the ops that are fused behind it.
         integers: its result is quantized.
+        engines: of the target, as :attr:`fxquant.targets.table.Target.engines`.
     """
     geometry = geometry_of(op)
     if geometry.transposed:
-        return transposed_kernel(op)
+        return transposed_kernel(op, engines)
+    if engines:
+        return packed_kernel(geometry, engines)
     plain = not epilogues or (len(epilogues) == 1 and epilogues[0] in CLAMP_KINDS)
     shape = shape_of(op.node)
     vector = op.name == "linear" and shape is not None and len(shape) < 2
@@ -44,17 +49,17 @@ def kernel_for(op: Op, epilogues: Sequence[str], *, integers: bool) -> KernelCho
     return pointwise_kernel(geometry)
 
 
-def packed_kernel(geometry: Geometry, engines: tuple[str, ...] | None = None) -> KernelChoice:
+def packed_kernel(geometry: Geometry, engines: tuple[str, ...] = ()) -> KernelChoice:
     """The engine for ``quantized::*``: the fastest that is exact, else the fastest that is known.
 
     Args:
         geometry: of the layer.
-        engines: the engines to choose from, fastest first; ``None`` for those of the form.
+        engines: the engines to choose from, fastest first; empty for those of x86 for the form.
 
     Raises:
         LoweringError: this build of torch has none of them.
     """
-    names = engines_for(geometry.form) if engines is None else engines
+    names = engines or engines_for(geometry.form)
     choices = []
     for name in names:
         choices.append(_choice(geometry, name, name))
@@ -64,14 +69,18 @@ def packed_kernel(geometry: Geometry, engines: tuple[str, ...] | None = None) ->
     return (known or sorted(choices, key=lambda c: c.pairing is Pairing.WRONG))[0]
 
 
-def transposed_kernel(op: Op) -> KernelChoice:
+def transposed_kernel(op: Op, engines: tuple[str, ...] = ()) -> KernelChoice:
     """The kernel of a transposed convolution: a 1 x 1 convolution where one will do, or fbgemm's.
 
     oneDNN's kernel for transposed convolutions is plainly wrong.
+
+    Args:
+        op: the transposed convolution.
+        engines: of the target, where it has its own.
     """
     geometry = geometry_of(op)
     if not is_non_overlapping(op):
-        return packed_kernel(geometry, ("fbgemm",))
+        return packed_kernel(geometry, engines or ("fbgemm",))
     ones, zeros = (1,) * len(geometry.kernel), (0,) * len(geometry.kernel)
     blocks = Geometry(
         inputs=geometry.inputs,
@@ -82,7 +91,7 @@ def transposed_kernel(op: Op) -> KernelChoice:
         padding=zeros,
         dilation=ones,
     )
-    choice = packed_kernel(blocks)
+    choice = packed_kernel(blocks, engines)
     same = choice.pairing in (Pairing.NONE, Pairing.ANY, Pairing.WRONG)
     pairing = choice.pairing if same else Pairing.CHANNELS  # what all are for one tap
     return KernelChoice(kernel=choice.kernel, geometry=geometry, pairing=pairing)

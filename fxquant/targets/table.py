@@ -123,6 +123,9 @@ class Target:
         half_kinds: what it runs in float16 or bfloat16 where a qconfig asks for it.
         executes: the graph is lowered to kernels; otherwise it stays a float graph with
             quantize and dequantize.
+        engines: the engines whose kernels it may use, fastest first; empty for the fastest exact
+            one of x86 for each form, and oneDNN's own operators.
+        integer_biases: its kernels add the bias to the integer sum, so that it is rounded.
         select_kernel: ``(op, epilogues, *, integers)`` -> the kernel that will run a convolution or
             linear on this machine, whose sums the weights must not overflow.
         allow: the list of a backend config that the rows were narrowed to, if they were.
@@ -132,6 +135,8 @@ class Target:
     rows: Mapping[str, Row]
     executes: bool = True
     half_kinds: frozenset[str] = frozenset()
+    engines: tuple[str, ...] = ()
+    integer_biases: bool = False
     select_kernel: Callable[..., KernelChoice] | None = None
     allow: AllowList | None = None
 
