@@ -45,6 +45,16 @@ from fxquant.errors import (
     UnmatchedRuleError,
 )
 from fxquant.explain import Explanation, explain
+from fxquant.fake_quantize import (
+    FakeQuantize,
+    FakeQuantizeBase,
+    FixedQParamsFakeQuantize,
+    FusedMovingAvgObsFakeQuantize,
+    disable_fake_quant,
+    disable_observer,
+    enable_fake_quant,
+    enable_observer,
+)
 from fxquant.graph_module import QuantGraphModule
 from fxquant.observers import (
     FixedQParamsObserver,
@@ -66,11 +76,21 @@ from fxquant.observers import (
 )
 from fxquant.op_rows import OpRow, Runs
 from fxquant.parity import ParityReport, parity
+from fxquant.qat_modules import (
+    freeze_bn_stats,
+    update_bn_stats,
+)
 from fxquant.qconfig import (
     QConfig,
     bfloat16_static_qconfig,
+    default_dynamic_qat_qconfig,
     default_dynamic_qconfig,
+    default_embedding_qat_qconfig,
+    default_embedding_qat_qconfig_4bit,
+    default_per_channel_qat_qconfig,
     default_per_channel_qconfig,
+    default_qat_qconfig,
+    default_qat_qconfig_v2,
     default_qconfig,
     default_reuse_input_qconfig,
     float16_dynamic_qconfig,
@@ -78,12 +98,23 @@ from fxquant.qconfig import (
     float_qparams_weight_only_qconfig,
     float_qparams_weight_only_qconfig_4bit,
     get_default_dynamic_qconfig,
+    get_default_qat_qconfig,
     get_default_qconfig,
     per_channel_dynamic_qconfig,
 )
-from fxquant.qconfig_mapping import QConfigMapping, get_default_qconfig_mapping
+from fxquant.qconfig_mapping import (
+    QConfigMapping,
+    get_default_qat_qconfig_mapping,
+    get_default_qconfig_mapping,
+)
 from fxquant.quantize import quantize, quantize_dynamic
-from fxquant.quantize_fx import convert_fx, convert_to_reference_fx, fuse_fx, prepare_fx
+from fxquant.quantize_fx import (
+    convert_fx,
+    convert_to_reference_fx,
+    fuse_fx,
+    prepare_fx,
+    prepare_qat_fx,
+)
 from fxquant.range_rules import (
     EntropyRule,
     MinMaxRule,
@@ -93,6 +124,7 @@ from fxquant.range_rules import (
     TorchHistogramRule,
 )
 from fxquant.specs import QParams, QuantSpec
+from fxquant.target_info import TargetInfo, target_info
 
 __all__ = [
     "ArtifactError",
@@ -107,7 +139,11 @@ __all__ = [
     "DataNotFoundError",
     "EntropyRule",
     "Explanation",
+    "FakeQuantize",
+    "FakeQuantizeBase",
+    "FixedQParamsFakeQuantize",
     "FixedQParamsObserver",
+    "FusedMovingAvgObsFakeQuantize",
     "FxQuantError",
     "FxQuantWarning",
     "GraphError",
@@ -145,6 +181,7 @@ __all__ = [
     "ShapeGuardError",
     "SpecError",
     "StrictModeError",
+    "TargetInfo",
     "TorchHistogramRule",
     "TrainingModeError",
     "UnknownKeyError",
@@ -156,28 +193,44 @@ __all__ = [
     "calibrate",
     "convert_fx",
     "convert_to_reference_fx",
+    "default_dynamic_qat_qconfig",
     "default_dynamic_qconfig",
+    "default_embedding_qat_qconfig",
+    "default_embedding_qat_qconfig_4bit",
     "default_histogram_observer",
     "default_observer",
+    "default_per_channel_qat_qconfig",
     "default_per_channel_qconfig",
     "default_per_channel_weight_observer",
+    "default_qat_qconfig",
+    "default_qat_qconfig_v2",
     "default_qconfig",
     "default_reuse_input_qconfig",
     "default_weight_observer",
+    "disable_fake_quant",
+    "disable_observer",
+    "enable_fake_quant",
+    "enable_observer",
     "explain",
     "float16_dynamic_qconfig",
     "float16_static_qconfig",
     "float_qparams_weight_only_qconfig",
     "float_qparams_weight_only_qconfig_4bit",
+    "freeze_bn_stats",
     "fuse_fx",
     "get_default_dynamic_qconfig",
+    "get_default_qat_qconfig",
+    "get_default_qat_qconfig_mapping",
     "get_default_qconfig",
     "get_default_qconfig_mapping",
     "load",
     "parity",
     "per_channel_dynamic_qconfig",
     "prepare_fx",
+    "prepare_qat_fx",
     "quantize",
     "quantize_dynamic",
     "save",
+    "target_info",
+    "update_bn_stats",
 ]

@@ -109,11 +109,17 @@ class _Tally:
         self.worst = max(self.worst, float(difference.max()))
 
 
-def check_kernels() -> tuple[KernelCheck, ...]:
-    """Run every check on this machine; takes a second or two."""
+def check_kernels(engines: tuple[str, ...] = ()) -> tuple[KernelCheck, ...]:
+    """Run every check on this machine; takes a second or two.
+
+    Args:
+        engines: of ``quantized::``, as :attr:`fxquant.targets.table.Target.engines`; empty for
+            those of x86, and oneDNN's own operators.
+    """
     consume_deprecation_warning()
     found = []
-    for kernel, run in itertools.chain(_layers(), _elementwise(), _movers()):
+    layers = _layers_of(engines) if engines else _layers()
+    for kernel, run in itertools.chain(layers, _elementwise(), _movers()):
         tally = _Tally()
         absent = False
         try:
@@ -337,6 +343,22 @@ def _layers() -> Iterator[tuple[str, _Check]]:
         yield f"onednn::qlinear_pointwise[{label}]", check
     name = "onednn::qlinear_pointwise[none] -> fp32"
     yield name, _layer_check(_LINEAR, POINTWISE, floating=True)
+
+
+def _layers_of(engines: tuple[str, ...]) -> Iterator[tuple[str, _Check]]:
+    """Checks of the kernels with a weight that write integers, for other engines than x86's."""
+    for engine in engines:
+        for dimensions, (form, shape) in itertools.product((1, 2, 3), FORMS.items()):
+            check = _layer_check(_geometry(dimensions, *shape), engine)
+            yield f"quantized::conv{dimensions}d ({form}{engine})", check
+        for dimensions in (1, 2):
+            check = _layer_check(_geometry(dimensions, 6, 8, transposed=True), engine)
+            yield f"quantized::conv_transpose{dimensions}d ({engine})", check
+        for relu in (False, True):
+            ending = "_relu" if relu else ""
+            check = _layer_check(_geometry(2, *FORMS[""]), engine, relu)
+            yield f"quantized::conv2d{ending} ({engine})", check
+            yield f"quantized::linear{ending} ({engine})", _layer_check(_LINEAR, engine, relu)
 
 
 def _layer_check(

@@ -19,7 +19,6 @@ from fxquant.dataflow import (
 from fxquant.errors import ConfigWarning, NonFiniteStatisticError
 from fxquant.graph_module import QuantGraphModule
 from fxquant.half import half_dtype
-from fxquant.kernel_probe import exact_engine, is_exact
 from fxquant.metadata import (
     Annotation,
     NodeRecord,
@@ -209,7 +208,7 @@ def _warn_of_dtypes(gm: QuantGraphModule, context: PassContext) -> None:
 
 
 def _warn_of_narrow_ranges(gm: QuantGraphModule, context: PassContext) -> None:
-    """Say once that halved activations buy nothing where the kernels do not saturate."""
+    """Say once that halved activations buy nothing: see :mod:`fxquant.weight_fit`."""
     narrow = [
         (node, spec)
         for node in gm.graph.nodes
@@ -218,15 +217,15 @@ def _warn_of_narrow_ranges(gm: QuantGraphModule, context: PassContext) -> None:
     ]
     if not narrow or not context.target.executes:
         return
-    if all(is_exact(form, exact_engine(form)) for form in ("conv", "linear")):
-        node, spec = narrow[0]
-        context.diagnostics.warn(
-            f"{len(narrow)} activation(s), the first is {node.name!r}, use {spec.quant_min}.."
-            f"{spec.quant_max} of 0..255, which guards against kernels that saturate; those of this"
-            " CPU do not, so half of the precision is lost for nothing. Use"
-            " get_default_qconfig_mapping('x86') of fxquant, or reduce_range=False",
-            ConfigWarning,
-        )
+    node, spec = narrow[0]
+    context.diagnostics.warn(
+        f"{len(narrow)} activation(s), the first is {node.name!r}, use {spec.quant_min}.."
+        f"{spec.quant_max} of 0..255, which guards against kernels that saturate. Those of a CPU"
+        " with VNNI do not, and elsewhere convert_fx fits the weights of the channels that could"
+        " overflow, so half of the precision is lost for nothing. Use"
+        " get_default_qconfig_mapping('x86') of fxquant, or reduce_range=False",
+        ConfigWarning,
+    )
 
 
 def hooked(gm: QuantGraphModule, node: fx.Node) -> str | None:
