@@ -108,6 +108,8 @@ class CaptureTracer(fx.Tracer):
         """
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
+        if _is_functional_stub(self.root, m):
+            return args[0]
         try:
             return super().call_module(m, forward, args, kwargs)
         except _Refused:
@@ -117,6 +119,18 @@ class CaptureTracer(fx.Tracer):
             if path in self.islands or not path:
                 raise
             raise _Refused(path, _user_line(error), error) from error
+
+
+def _is_functional_stub(root: nn.Module, module: nn.Module) -> bool:
+    """Whether ``module`` is what a ``FloatFunctional`` of torch.ao passes its results through.
+
+    ``self.skip_add.add(x, y)`` is ``torch.add(x, y)``, and an identity for eager mode to replace.
+    """
+    return type(module) is nn.Identity and any(
+        type(holder).__name__ == "FloatFunctional"
+        and getattr(holder, "activation_post_process", None) is module
+        for holder in root.modules()
+    )
 
 
 class _Refused(Exception):

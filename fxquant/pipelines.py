@@ -10,10 +10,12 @@ from fxquant.passes.cancel_quantize import CancelQuantize
 from fxquant.passes.cast_half import CastHalf
 from fxquant.passes.correct_bias import CorrectBias
 from fxquant.passes.fit_weights import FitWeights
-from fxquant.passes.fold_batch_norm import FoldBatchNorm
+from fxquant.passes.fold_batch_norm import FoldBatchNorm, folded_as_torch
 from fxquant.passes.fold_channel_scale import FoldChannelScale
+from fxquant.passes.freeze_weights import FreezeWeights
 from fxquant.passes.functionalize import Functionalize
 from fxquant.passes.fuse_patterns import FusePatterns
+from fxquant.passes.fuse_qat import TRANSPOSED, FuseQat
 from fxquant.passes.guard_boundary import GuardBoundary
 from fxquant.passes.inline_modules import InlineModules
 from fxquant.passes.insert_channel_means import InsertChannelMeans
@@ -23,11 +25,13 @@ from fxquant.passes.lower import Lower
 from fxquant.passes.prepack import Prepack
 from fxquant.passes.propagate_qconfigs import PropagateQConfigs
 from fxquant.passes.recognize_channel_shuffle import RecognizeChannelShuffle
-from fxquant.passes.remove_identities import RemoveIdentities
+from fxquant.passes.remove_identities import WITHOUT_GRADIENT, RemoveIdentities
 from fxquant.passes.round_biases import RoundBiases
 from fxquant.passes.share_parameters import ShareParameters
 from fxquant.passes.take_pieces import TakePieces
 from fxquant.passes.to_reference import ToReference
+from fxquant.passes.train_weights import TrainWeights
+from fxquant.patterns.library import QAT_FUSION_PATTERNS
 from fxquant.qconfig_mapping import QConfigMapping
 
 
@@ -74,11 +78,38 @@ def prepare_pipeline(
     )
 
 
+def qat_prepare_pipeline(mapping: QConfigMapping, known_paths: tuple[str, ...]) -> Pipeline:
+    """Float graph to a graph that trains with what int8 will round.
+
+    Args:
+        mapping: the user's qconfigs.
+        known_paths: module paths of the user's model, for rules that match nothing.
+    """
+    return Pipeline(
+        "qat-prepare",
+        (
+            PropagateQConfigs(mapping, known_paths),  # first: a bad rule is told before any work
+            Functionalize(),  # in-place writes would hide who reads what
+            RemoveIdentities(WITHOUT_GRADIENT),  # they would stand between pattern members
+            TakePieces(),  # specs are about ops with one result
+            RecognizeChannelShuffle(),  # four ops on int8 values take five times as long as one
+            FuseQat(),  # batch-norms train with the weight they will be folded into
+            FusePatterns(QAT_FUSION_PATTERNS),  # values inside a pattern are not rounded
+            Annotate(),  # specs from qconfig and op table
+            ShareParameters(),  # which tensors have one range
+            InsertObservers(),  # the qconfigs' fake quantizers
+            TrainWeights(),  # of what is annotated, the weights
+        ),
+    )
+
+
 def reference_pipeline() -> Pipeline:
     """Prepared graph to quantize, float op, dequantize."""
     return Pipeline(
         "reference",
         (
+            FreezeWeights(),  # what trained is float modules again, which all others know
+            RemoveIdentities(),  # dropout that was active in training
             CorrectBias(),  # needs the float weights, and takes the channel means out
             ToReference(),  # parameters are computed here, once
             RoundBiases(),  # steps of a sum are known once its scales are
@@ -87,7 +118,7 @@ def reference_pipeline() -> Pipeline:
             InlineModules(),  # what stays in FP32 needs no module objects
             CastHalf(),  # constants are arguments of functions by now
         ),
-        given=frozenset({Fact.OBSERVED}),
+        given=frozenset({Fact.OBSERVED, Fact.FUNCTIONAL}),
     )
 
 
@@ -121,10 +152,33 @@ def compat_prepare_pipeline(mapping: QConfigMapping, known_paths: tuple[str, ...
         (
             PropagateQConfigs(mapping, known_paths),  # rules name the ops that the user wrote
             Functionalize(),  # in-place writes would hide who reads what
-            FoldBatchNorm(),  # weights must be final before they are observed
+            FoldBatchNorm(folded_as_torch),  # weights must be final, and torch's, before that
             FusePatterns(),  # values inside a pattern are not observed
             Annotate(),  # specs from qconfig and op table
             InsertSharedObservers(),  # one at every quantized value; sharing is by module
+        ),
+        # Identities and dropouts stay: they are observed like other ops.
+        given=frozenset({Fact.NO_IDENTITIES}),
+    )
+
+
+def compat_qat_prepare_pipeline(mapping: QConfigMapping, known_paths: tuple[str, ...]) -> Pipeline:
+    """Float graph to a graph that trains, as torch.ao prepares it; see compat_prepare_pipeline.
+
+    Args:
+        mapping: the user's qconfigs.
+        known_paths: module paths of the user's model, for rules that match nothing.
+    """
+    return Pipeline(
+        "compat-qat-prepare",
+        (
+            PropagateQConfigs(mapping, known_paths),  # rules name the ops that the user wrote
+            Functionalize(),  # in-place writes would hide who reads what
+            FuseQat(refused=TRANSPOSED),  # as torch.ao, which has no module for them
+            FusePatterns(QAT_FUSION_PATTERNS),  # values inside a pattern are not rounded
+            Annotate(),  # specs from qconfig and op table
+            InsertSharedObservers(),  # one at every quantized value; sharing is by module
+            TrainWeights(),  # of what is annotated, the weights
         ),
         # Identities and dropouts stay: they are observed like other ops.
         given=frozenset({Fact.NO_IDENTITIES}),
@@ -135,7 +189,10 @@ def compat_reference_pipeline() -> Pipeline:
     """Prepared graph to quantize, float op, dequantize, one pair for each observer."""
     return Pipeline(
         "compat-reference",
-        (ToReference(),),  # nothing is cancelled: callers count the steps
+        (
+            FreezeWeights(),  # what trained is float modules again, which all others know
+            ToReference(),  # nothing is cancelled: callers count the steps
+        ),
         given=frozenset({Fact.OBSERVED}),
     )
 

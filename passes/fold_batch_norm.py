@@ -8,7 +8,8 @@ Integer-Arithmetic-Only Inference", section 3.2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -34,9 +35,16 @@ class FoldBatchNorm(Pass):
     Module, function and mixed forms. Refuses, with the reason, where the value between is read by
     others, or where the weight belongs to more than this call.
 
+    Attributes:
+        arithmetic: new weight and bias of an op from it and the batch-norm behind it.
+
     Raises:
         TrainingModeError: a batch-norm that would be folded is in training mode.
     """
+
+    arithmetic: Callable[[Op, Op], tuple[Tensor, Tensor]] = field(
+        default_factory=lambda: folded_exactly
+    )
 
     name: ClassVar[str] = "fold-batch-norm"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FUNCTIONAL, Fact.NO_IDENTITIES})
@@ -48,7 +56,7 @@ class FoldBatchNorm(Pass):
         while (report := _matches(gm, context)).matches:
             for match in report.matches:  # another batch-norm may follow each
                 base, norm = match.ops
-                fold(rewriter, base, norm)
+                fold(rewriter, base, norm, self.arithmetic)
         nodes = {node.name: node for node in gm.graph.nodes}
         refusals = []
         for refusal in report.refusals:
@@ -101,25 +109,59 @@ def _warn_of_rank(report: MatchReport, context: PassContext) -> None:
             )
 
 
-def fold(rewriter: GraphRewriter, base: Op, norm: Op) -> None:
-    """Fold ``norm`` into ``base`` and erase it.
+def fold(
+    rewriter: GraphRewriter,
+    base: Op,
+    norm: Op,
+    arithmetic: Callable[[Op, Op], tuple[Tensor, Tensor]] | None = None,
+) -> None:
+    """Fold one batch-norm into the op before it.
 
     Args:
-        rewriter: of the graph that holds both.
-        base: convolution, transposed convolution or linear whose weight is its own.
+        rewriter: of their graph.
+        base: convolution or linear.
         norm: batch-norm in evaluation mode that alone reads ``base``.
+        arithmetic: see :class:`FoldBatchNorm`.
     """
+    weight = base.constant("weight")
+    assert weight is not None
+    new_weight, new_bias = (arithmetic or folded_exactly)(base, norm)
+    store_parameter(rewriter, base, "weight", new_weight, weight)
+    store_parameter(rewriter, base, "bias", new_bias, weight)
+    constants = [a for a in norm.node.all_input_nodes if a.op == "get_attr"]
+    rewriter.absorb(base.node, norm.node)
+    rewriter.erase_dead(constants)
+
+
+def folded_exactly(base: Op, norm: Op) -> tuple[Tensor, Tensor]:
+    """Weight and bias in float64, rounded once."""
     weight, bias = base.constant("weight"), base.constant("bias")
     assert weight is not None
     factor, shift = affine_of(norm)
     new_weight = scaled_rows(weight, spread_over_outputs(base, weight, factor))
     old_bias = torch.zeros_like(factor) if bias is None else bias.detach().to(torch.float64)
-    new_bias = old_bias * factor + shift
-    store_parameter(rewriter, base, "weight", new_weight, weight)
-    store_parameter(rewriter, base, "bias", new_bias.to(weight.dtype), weight)
-    constants = [a for a in norm.node.all_input_nodes if a.op == "get_attr"]
-    rewriter.absorb(base.node, norm.node)
-    rewriter.erase_dead(constants)
+    return new_weight, (old_bias * factor + shift).to(weight.dtype)
+
+
+def folded_as_torch(base: Op, norm: Op) -> tuple[Tensor, Tensor]:
+    """Weight and bias in their own dtype, step by step as ``torch.nn.utils.fusion`` has it.
+
+    The int8 weights of a network folded by PyTorch are then the same to the last bit.
+    """
+    weight, bias = base.constant("weight"), base.constant("bias")
+    mean, variance = norm.constant("running_mean"), norm.constant("running_var")
+    assert weight is not None and mean is not None and variance is not None
+    gamma, beta = norm.constant("weight"), norm.constant("bias")
+    gamma = torch.ones_like(mean) if gamma is None else gamma.detach()
+    beta = torch.zeros_like(mean) if beta is None else beta.detach()
+    old_bias = torch.zeros_like(mean) if bias is None else bias.detach()
+    inverse = (variance.detach() + float(norm.arguments["eps"])).rsqrt()
+    factor = gamma * inverse
+    new_weight = weight.detach() * spread_over_outputs(base, weight, factor)
+    centred = old_bias - mean.detach()
+    if base.name == "linear":
+        return new_weight, centred * factor + beta
+    return new_weight, centred * inverse * gamma + beta
 
 
 def affine_of(norm: Op) -> tuple[Tensor, Tensor]:
