@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxquant._version import __version__
+from fxquant.autocast import without_autocast
 from fxquant.channel_mean import ChannelMean
 from fxquant.config_file import qconfig_from_plain, qconfig_to_plain
 from fxquant.errors import ArtifactError, Diagnostics
@@ -90,6 +91,7 @@ def save(model: QuantGraphModule, path: str | os.PathLike[str]) -> None:
         raise
 
 
+@without_autocast
 def load(path: str | os.PathLike[str], *, strict: bool = False) -> QuantGraphModule:
     """Read what :func:`save` wrote, and lower it for this machine if it was lowered.
 

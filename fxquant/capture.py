@@ -323,7 +323,8 @@ class _Tracing:
         while True:
             # Anew each time: a forward may count its calls.
             owned = own_copy(self.model, share=self.share)
-            before = {path: dict(vars(module)) for path, module in owned.named_modules()}
+            before = {path: _attributes(module) for path, module in owned.named_modules()}
+            versions = _versions(owned)
             values = None if examples is None else ExampleValues(examples.values)
             tracer = CaptureTracer({**self.leaves, **islands}, values)
             try:
@@ -338,6 +339,7 @@ class _Tracing:
             break
         _order_inputs(graph, fixed, forward)
         _restore_attributes(owned, before, self.diagnostics)
+        _warn_of_writes(owned, versions, self.diagnostics)
         self._warn(tracer.conditions, islands)
         _free_names(owned, graph, self.diagnostics)
         gm = QuantGraphModule(owned, graph, type(self.model).__name__)
@@ -442,16 +444,41 @@ def _free_names(model: nn.Module, graph: fx.Graph, diagnostics: Diagnostics) -> 
         node.target = f"{renamed[atom]}{dot}{rest}"
 
 
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {**vars(module), **module._parameters, **module._buffers}
+
+
+def _versions(model: nn.Module) -> dict[str, int]:
+    """How often each buffer was written."""
+    return {n: b._version for n, b in model.named_buffers() if not b.is_inference()}
+
+
+def _warn_of_writes(
+    model: nn.Module, versions: Mapping[str, int], diagnostics: Diagnostics
+) -> None:
+    """Say which buffers a forward wrote while it was traced: the graph will not."""
+    for name, buffer in model.named_buffers():
+        if buffer.is_inference() or versions.get(name, buffer._version) == buffer._version:
+            continue
+        diagnostics.warn(
+            f"forward writes into the buffer {name!r} something that does not depend on its"
+            " inputs, such as a counter; the graph does not, and reads what its first call would"
+            " read. Take the buffer out of forward, or pass its value as an input",
+            CaptureWarning,
+        )
+
+
 def _restore_attributes(
     model: nn.Module, before: Mapping[str, Mapping[str, Any]], diagnostics: Diagnostics
 ) -> None:
     """Undo what a forward assigned to attributes while it was traced, with a warning."""
     for path, module in model.named_modules():
-        for name, value in list(vars(module).items()):
+        for name, value in _attributes(module).items():
             if not isinstance(value, fx.Proxy):
                 continue
             if name in before[path]:
-                vars(module)[name] = before[path][name]
+                registries = (module._buffers, module._parameters, vars(module))
+                next(r for r in registries if name in r)[name] = before[path][name]
             else:
                 delattr(module, name)
             whole = f"{path}.{name}" if path else name

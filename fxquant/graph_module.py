@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import fx, nn
 
+from fxquant.autocast import is_autocast, no_autocast, widened
 from fxquant.clamps import high_is_free, low_is_free
 from fxquant.errors import ConfigError
 from fxquant.graph_codec import EncodedNode, decode_graph, encode_graph
@@ -197,6 +198,17 @@ class QuantGraphModule(fx.GraphModule):
         """Record what became of an op of the float graph that no node carries out any more."""
         if (name, sentence) not in self._state.fates:
             self.update_state(fates=(*self._state.fates, (name, sentence)))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph; a converted one as it is, also under ``torch.autocast``.
+
+        Autocast would compute what stays in FP32 in half precision, and other integers would come
+        of it. What it hands in as float16 or bfloat16 is taken as float32.
+        """
+        if self._state.stage not in (Stage.REFERENCE, Stage.LOWERED) or not is_autocast():
+            return super().__call__(*args, **kwargs)
+        with no_autocast():
+            return super().__call__(*widened(args), **widened(kwargs))
 
     # -- packed constants ---------------------------------------------------------------------
 

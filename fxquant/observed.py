@@ -115,7 +115,7 @@ def weight_qparams(weight: Tensor, spec: QuantSpec, qconfig: QConfig, name: str)
             f"the weight of {name!r} holds NaN or Inf; it cannot be quantized. Check the"
             " checkpoint, and the running variance of a batch-norm folded into it"
         )
-    observer: Any = qconfig.weight()
+    observer: Any = qconfig.weight().to(weight.device)
     if spec_of_observer(observer) == spec:
         observer(weight)
         return qparams_of(observer, spec)

@@ -27,6 +27,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
+from fxquant.autocast import without_autocast
 from fxquant.errors import ConfigError
 from fxquant.graph_module import QuantGraphModule, Stage
 from fxquant.metadata import record_of
@@ -144,6 +145,7 @@ class ParityReport:
         return tabulate(table, headers=headers, disable_numparse=True)
 
 
+@without_autocast
 def parity(
     prepared_or_reference: QuantGraphModule, int8_model: QuantGraphModule, inputs: Any
 ) -> ParityReport:

@@ -10,10 +10,12 @@ from typing import Any, Final
 
 from torch import fx, nn
 
+from fxquant.autocast import without_autocast
 from fxquant.capture import capture, own_copy, take_apart
 from fxquant.errors import (
     CaptureError,
     ConfigError,
+    ConfigWarning,
     Diagnostics,
     MissingExampleInputsError,
     NotAGraphModuleError,
@@ -22,6 +24,7 @@ from fxquant.errors import (
 from fxquant.graph_codec import encode_graph
 from fxquant.graph_module import QuantGraphModule, Stage
 from fxquant.ledger import build_ledger
+from fxquant.op_view import op_of
 from fxquant.pass_manager import PassContext
 from fxquant.pipelines import (
     fuse_pipeline,
@@ -44,6 +47,7 @@ class _Missing:
 _MISSING: Final = _Missing()
 
 
+@without_autocast
 def prepare_fx(
     model: nn.Module,
     qconfig_mapping: QConfigMapping | Mapping[Any, Any] | None = None,
@@ -103,9 +107,12 @@ def prepare_fx(
     context = PassContext(target=chosen, diagnostics=diagnostics)
     prepare_pipeline(mapping, paths, bias_correction=bias_correction).run(gm, context)
     take_apart(gm, model)
+    if model.training:
+        _warn_of_dropout(gm, diagnostics)
     return gm
 
 
+@without_autocast
 def convert_fx(prepared: nn.Module, *, strict: bool = False) -> QuantGraphModule:
     """Turn a calibrated module into one that runs int8 kernels.
 
@@ -115,8 +122,8 @@ def convert_fx(prepared: nn.Module, *, strict: bool = False) -> QuantGraphModule
         strict: turn every warning into an error.
 
     Returns:
-        A module whose ops are kernels of the target it was prepared for (target ``reference``
-        gives the result of :func:`convert_to_reference_fx`).
+        A module on the CPU whose ops are kernels of the target it was prepared for (target
+        ``reference`` gives the result of :func:`convert_to_reference_fx`).
 
     Raises:
         NotAGraphModuleError: ``prepared`` was never traced.
@@ -126,11 +133,13 @@ def convert_fx(prepared: nn.Module, *, strict: bool = False) -> QuantGraphModule
     """
     gm, context = _reference(prepared, "convert_fx", strict=strict)
     if context.target.executes:
+        gm.cpu()  # calibrated on a GPU, it still runs where the kernels are
         gm.update_state(reference=tuple(encode_graph(gm.graph)))
         lowering_pipeline().run(gm, context)
     return gm
 
 
+@without_autocast
 def convert_to_reference_fx(prepared: nn.Module, *, strict: bool = False) -> QuantGraphModule:
     """Turn a calibrated module into quantize, dequantize and float ops.
 
@@ -148,6 +157,7 @@ def convert_to_reference_fx(prepared: nn.Module, *, strict: bool = False) -> Qua
     return _reference(prepared, "convert_to_reference_fx", strict=strict)[0]
 
 
+@without_autocast
 def fuse_fx(
     model: nn.Module, *, example_inputs: Any = None, strict: bool = False
 ) -> QuantGraphModule:
@@ -172,6 +182,19 @@ def fuse_fx(
     gm.update_state(stage=Stage.FUSED)
     take_apart(gm, model)
     return gm
+
+
+def _warn_of_dropout(gm: QuantGraphModule, diagnostics: Diagnostics) -> None:
+    """Say that a model in training mode goes on dropping values."""
+    found = [op for op in (op_of(gm, node) for node in gm.graph.nodes) if op is not None]
+    random = [o.node.name for o in found if o.arguments.get("training") and o.arguments.get("p")]
+    if random:
+        diagnostics.warn(
+            f"{len(random)} op(s) drop values at random because the model is in training mode"
+            f" ({', '.join(map(repr, random[:5]))}), and the converted model will go on doing so."
+            " Call model.eval() before",
+            ConfigWarning,
+        )
 
 
 def _check_module(model: object, caller: str) -> None:

@@ -29,6 +29,7 @@ from fxquant import (
     prepare_fx,
     save,
 )
+from fxquant.backend_config import BackendConfig
 from fxquant.config_file import load_qconfig_mapping, save_qconfig_mapping
 from fxquant.errors import ConfigWarning
 from fxquant.half import HALF_KINDS, NORMALIZATIONS, half_dtype
@@ -37,6 +38,9 @@ from fxquant.metadata import record_of
 from fxquant.operators import TO_DTYPE
 from fxquant.qconfig import QConfig, float16_dynamic_qconfig
 from fxquant.qconfig_mapping import QConfigMapping
+from fxquant.targets.allow_list import restrict
+from fxquant.targets.registry import TARGETS
+from fxquant.targets.x86 import X86
 
 HALF = {torch.bfloat16: bfloat16_static_qconfig, torch.float16: float16_static_qconfig}
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -527,3 +531,9 @@ def test_quantize_in_one_call_takes_it(x: Tensor) -> None:
         warnings.simplefilter("error")
         gm = fxquant.quantize(Net().eval(), [x], mapping, progress=False)
     assert explain(gm).row("head").runs.value == "bf16"
+
+
+def test_targets_narrowed_to_a_backend_config_run_nothing_so() -> None:
+    """torch.ao's default config leaves ops with ``float16_static_qconfig`` in FP32."""
+    assert X86.half_kinds == TARGETS["reference"].half_kinds == HALF_KINDS
+    assert restrict(X86, BackendConfig("mine")).half_kinds == frozenset()

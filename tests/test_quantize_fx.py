@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
+from fxquant.errors import ConfigWarning
 from fxquant.graph_module import QuantGraphModule, Stage
 from fxquant.metadata import record_of
 from fxquant.observers import MinMaxObserver, PerChannelMinMaxObserver
@@ -178,7 +179,8 @@ def test_fused_and_traced_models_can_be_prepared() -> None:
 
 def test_a_model_in_training_mode_without_batch_norm() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Dropout(0.5), nn.ReLU()).train()
-    prepared = prepare_fx(model, {"": A}, (IMAGES,))
+    with pytest.warns(ConfigWarning, match=r"drop values at random .* \('_1'\)"):
+        prepared = prepare_fx(model, {"": A}, (IMAGES,))
     assert all(module.training for module in (prepared, prepared.get_submodule("1")))
     assert "dropout" not in {name for name, _ in prepared.state.fates}
     assert model.training
