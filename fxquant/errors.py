@@ -8,6 +8,7 @@
     |   |-- UnknownKeyError                       a dict holds a key that nobody reads
     |   |-- UnmatchedRuleError (LookupError)      a rule names something the model does not have
     |   |-- UnsupportedBackendError (AssertionError)  there are no defaults under that name
+    |   |-- TableQConfigError (AssertionError)    an embedding trains with a qconfig for others
     |   `-- QConfigMismatchError (AssertionError)  convert asks for something else than prepare did
     |-- MissingExampleInputsError (TypeError)     prepare_fx was called without example inputs
     |-- NotAGraphModuleError (ValueError)         convert_fx got something that was never traced
@@ -64,6 +65,10 @@ class UnknownKeyError(ConfigError):
 
 class UnmatchedRuleError(ConfigError, LookupError):
     """A rule names a module, a regex or a call that the model does not have."""
+
+
+class TableQConfigError(ConfigError, AssertionError):
+    """A table is to train with a qconfig that has no float zero point per row."""
 
 
 class UnsupportedBackendError(ConfigError, AssertionError):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxquant import kernels, recurrent
+from fxquant.qat_modules import FLOAT_BY_QAT
 
 REQUIRED = object()
 """Marks a parameter of a signature that has no default."""
@@ -660,6 +661,7 @@ KIND_BY_MODULE: dict[type[nn.Module], OpKind] = {
     nn.Dropout2d: KIND_BY_NAME["dropout"],
     nn.Dropout3d: KIND_BY_NAME["dropout"],
 }
+KIND_BY_MODULE |= {qat: KIND_BY_MODULE[plain] for qat, plain in FLOAT_BY_QAT.items()}
 
 COMPUTE_KINDS = frozenset(
     {f"conv{d}d" for d in (1, 2, 3)}

@@ -23,6 +23,7 @@ from fxquant.op_catalog import (
     REQUIRED,
     OpKind,
 )
+from fxquant.qat_modules import FLOAT_BY_QAT
 
 OUT_OF_PLACE_OPERATORS: dict[Any, Any] = {
     operator.iadd: operator.add,
@@ -174,10 +175,11 @@ def op_of(gm: fx.GraphModule, node: fx.Node) -> Op | None:
 def type_of(gm: fx.GraphModule, node: fx.Node) -> object:
     """What ``object_type`` rules compare with: module class, function or method name.
 
-    ``+=`` counts as ``+``, and so on.
+    ``+=`` counts as ``+``, and so on; modules that train count as what they train.
     """
     if node.op == "call_module":
-        return type(gm.get_submodule(str(node.target)))
+        written = type(gm.get_submodule(str(node.target)))
+        return FLOAT_BY_QAT.get(written, written)
     return OUT_OF_PLACE_OPERATORS.get(node.target, node.target)
 
 

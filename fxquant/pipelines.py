@@ -15,7 +15,7 @@ from fxquant.passes.fold_channel_scale import FoldChannelScale
 from fxquant.passes.freeze_weights import FreezeWeights
 from fxquant.passes.functionalize import Functionalize
 from fxquant.passes.fuse_patterns import FusePatterns
-from fxquant.passes.fuse_qat import TRANSPOSED, FuseQat
+from fxquant.passes.fuse_qat import TORCH_FUSION_PATTERNS, TRANSPOSED, FuseQat
 from fxquant.passes.guard_boundary import GuardBoundary
 from fxquant.passes.inline_modules import InlineModules
 from fxquant.passes.insert_channel_means import InsertChannelMeans
@@ -175,7 +175,7 @@ def compat_qat_prepare_pipeline(mapping: QConfigMapping, known_paths: tuple[str,
             PropagateQConfigs(mapping, known_paths),  # rules name the ops that the user wrote
             Functionalize(),  # in-place writes would hide who reads what
             FuseQat(refused=TRANSPOSED),  # as torch.ao, which has no module for them
-            FusePatterns(QAT_FUSION_PATTERNS),  # values inside a pattern are not rounded
+            FusePatterns(TORCH_FUSION_PATTERNS),  # values inside a pattern are not rounded
             Annotate(),  # specs from qconfig and op table
             InsertSharedObservers(),  # one at every quantized value; sharing is by module
             TrainWeights(),  # of what is annotated, the weights

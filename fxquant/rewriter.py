@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxquant.graph_module import QuantGraphModule, delete_attribute, set_attribute
 from fxquant.metadata import (
@@ -130,6 +130,11 @@ class GraphRewriter:
         set_attribute(self.gm, path, value)
         self.changes += 1
 
+    def set_module(self, path: str, module: nn.Module) -> None:
+        """Put ``module`` at ``path``, in the place of what is there."""
+        set_attribute(self.gm, path, module)
+        self.changes += 1
+
     def retarget(
         self,
         node: fx.Node,
@@ -146,6 +151,14 @@ class GraphRewriter:
         self.changes += 1
         if op in ("call_module", "get_attr"):
             self._orphans.append(old)
+
+    def retarget_module(self, node: fx.Node, path: str, args: tuple[Any, ...]) -> None:
+        """Turn ``node``, a function call, into a call of the submodule at ``path``."""
+        node.op = "call_module"
+        node.target = path
+        node.args = args
+        node.kwargs = {}
+        self.changes += 1
 
     def retarget_method(self, node: fx.Node, method: str) -> None:
         """Let ``node``, a method call, call another method with the same arguments."""

@@ -44,7 +44,12 @@ class FusePatterns(Pass):
 
     Nothing is rewritten: the values inside a match are simply not observed, and lowering emits one
     kernel. The first op's qconfig governs the whole match.
+
+    Attributes:
+        patterns: what is looked for.
     """
+
+    patterns: tuple[Pattern, ...] = FUSION_PATTERNS
 
     name: ClassVar[str] = "fuse-patterns"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.BATCH_NORM_FOLDED, Fact.QCONFIGS})
@@ -55,7 +60,7 @@ class FusePatterns(Pass):
         listed = listed_chain(context.target)
         patterns = [
             replace(pattern, guards=(*pattern.guards, *listed, same_qconfig))
-            for pattern in FUSION_PATTERNS
+            for pattern in self.patterns
             if supports(context.target, pattern)
         ]
         report = match_all(gm, patterns)

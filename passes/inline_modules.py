@@ -15,6 +15,7 @@ from fxquant.graph_module import QuantGraphModule
 from fxquant.op_catalog import REQUIRED
 from fxquant.op_view import Form, Op, op_of
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult, Refusal
+from fxquant.qat_modules import QatModule
 from fxquant.rewriter import GraphRewriter
 
 
@@ -49,6 +50,8 @@ class InlineModules(Pass):
 
 def not_inlined(module: nn.Module, op: Op) -> str | None:
     """Why ``module`` does more than the function of ``op``, or ``None``."""
+    if isinstance(module, QatModule):
+        return "the module rounds its weight while it trains"
     if op.kind.definition:
         return f"the function of {op.name!r} only defines it; the module is faster"
     if module._forward_hooks or module._forward_pre_hooks:

@@ -15,6 +15,9 @@ from fxquant.rewriter import GraphRewriter
 _RANDOM = ("dropout", "stochastic_depth")
 """Kinds that drop values while they train, and give their input unchanged in evaluation."""
 
+WITHOUT_GRADIENT = (*_RANDOM, "identity")
+"""Kinds that do nothing for gradients either, which ``detach`` stops."""
+
 
 @dataclass(frozen=True)
 class RemoveIdentities(Pass):
@@ -22,7 +25,12 @@ class RemoveIdentities(Pass):
 
     Dropout, and the stochastic depth of torchvision, go only where they are in evaluation mode or
     have probability 0; a module with forward hooks stays, for their sake.
+
+    Attributes:
+        kinds: what goes.
     """
+
+    kinds: tuple[str, ...] = (*WITHOUT_GRADIENT, "detach")
 
     name: ClassVar[str] = "remove-identities"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FUNCTIONAL})
@@ -33,7 +41,7 @@ class RemoveIdentities(Pass):
         rewriter = GraphRewriter(gm, self.name)
         for node in list(gm.graph.nodes):
             op = op_of(gm, node)
-            if op is None or op.name not in (*_RANDOM, "identity", "detach"):
+            if op is None or op.name not in self.kinds:
                 continue
             if op.name in _RANDOM and op.arguments["training"] and op.arguments["p"] != 0:
                 continue

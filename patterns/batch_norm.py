@@ -13,15 +13,16 @@ from fxquant.patterns.guards import (
     same_dtype,
     single_user,
 )
-from fxquant.patterns.pattern import Pattern, chain, step
+from fxquant.patterns.pattern import Guard, Pattern, chain, step
 
-BATCH_NORM_ACTIVATION = tuple(
-    Pattern(
+
+def _batch_norm_before(name: str, kinds: tuple[str, ...], *mode: Guard) -> Pattern:
+    return Pattern(
         f"bn-{name}",
         chain(step("bn", "batch_norm"), step("activation", *kinds)),
         guards=(
             single_user,
-            evaluation_mode,
+            *mode,
             constant_weight,
             has_running_statistics,
             constant_bounds,
@@ -31,5 +32,12 @@ BATCH_NORM_ACTIVATION = tuple(
         ),
         source="PyTorch, quantized::batch_norm_relu; Jacob et al. 2018, section 2.4 (clamps)",
     )
-    for name, kinds in CLAMPS.items()
+
+
+BATCH_NORM_ACTIVATION = tuple(
+    _batch_norm_before(name, kinds, evaluation_mode) for name, kinds in CLAMPS.items()
 )
+"""In evaluation mode, where a batch-norm is a fixed affine map."""
+
+BATCH_NORM_ACTIVATION_QAT = tuple(_batch_norm_before(name, kinds) for name, kinds in CLAMPS.items())
+"""The same while the batch-norm trains: it will be that map."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fxquant.errors import ConfigError, did_you_mean
-from fxquant.patterns.batch_norm import BATCH_NORM_ACTIVATION
+from fxquant.patterns.batch_norm import BATCH_NORM_ACTIVATION, BATCH_NORM_ACTIVATION_QAT
 from fxquant.patterns.channel_scale import CHANNEL_SCALE
 from fxquant.patterns.concatenation import CONCATENATION_ACTIVATION
 from fxquant.patterns.convolution import CONVOLUTION_ACTIVATION, CONVOLUTION_ADD
@@ -35,6 +35,12 @@ FUSION_PATTERNS: tuple[Pattern, ...] = (
     *MATRIX_PRODUCT_ACTIVATION,
 )
 """Chains that one kernel may compute, so that the values between are not observed."""
+
+QAT_FUSION_PATTERNS: tuple[Pattern, ...] = (
+    *(pattern for pattern in FUSION_PATTERNS if pattern not in BATCH_NORM_ACTIVATION),
+    *BATCH_NORM_ACTIVATION_QAT,
+)
+"""The chains of :data:`FUSION_PATTERNS` while they train."""
 
 _BY_NAME = {
     pattern.name: pattern for pattern in (*FOLD_PATTERNS, *SCALE_PATTERNS, *FUSION_PATTERNS)

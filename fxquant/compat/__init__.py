@@ -23,6 +23,7 @@ from fxquant.compat.front_door import (
     convert_to_reference_fx,
     fuse_fx,
     prepare_fx,
+    prepare_qat_fx,
 )
 from fxquant.compat.names import (
     DeQuantStub,
@@ -103,6 +104,10 @@ from fxquant.observers import (
     default_weight_observer,
     per_channel_weight_observer_range_neg_127_to_127,
     weight_observer_range_neg_127_to_127,
+)
+from fxquant.qat_modules import (
+    freeze_bn_stats,
+    update_bn_stats,
 )
 from fxquant.qconfig import (
     QConfig,
@@ -221,6 +226,7 @@ __all__ = [
     "float16_static_qconfig",
     "float_qparams_weight_only_qconfig",
     "float_qparams_weight_only_qconfig_4bit",
+    "freeze_bn_stats",
     "fuse_fx",
     "fused_per_channel_wt_fake_quant_range_neg_127_to_127",
     "fused_wt_fake_quant_range_neg_127_to_127",
@@ -233,5 +239,7 @@ __all__ = [
     "per_channel_dynamic_qconfig",
     "per_channel_weight_observer_range_neg_127_to_127",
     "prepare_fx",
+    "prepare_qat_fx",
+    "update_bn_stats",
     "weight_observer_range_neg_127_to_127",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -30,12 +30,13 @@ from fxquant.graph_codec import encode_graph
 from fxquant.graph_module import PRESERVED_ATTRIBUTES, QuantGraphModule, Stage
 from fxquant.ledger import build_ledger
 from fxquant.metadata import add_reason, record_of, update_record
-from fxquant.pass_manager import PassContext
+from fxquant.pass_manager import PassContext, Pipeline
 from fxquant.passes.propagate_qconfigs import subject
 from fxquant.passes.to_reference import is_observer
 from fxquant.pipelines import (
     compat_lowering_pipeline,
     compat_prepare_pipeline,
+    compat_qat_prepare_pipeline,
     compat_reference_pipeline,
     fuse_pipeline,
 )
@@ -44,6 +45,7 @@ from fxquant.rewriter import GraphRewriter
 from fxquant.shapes import record_shapes
 from fxquant.targets.compat import X86_COMPAT, compat_target
 from fxquant.targets.table import Target
+from fxquant.targets.training import refusing_wrong_tables, while_training
 
 _MAPPING: Final = "fxquant_qconfig_mapping"
 """Key in ``GraphModule.meta`` of the mapping that a model was prepared with."""
@@ -89,16 +91,63 @@ def prepare_fx(
             "_equalization_config is not read: fxquant has no observers for it. Equalize the"
             " weights of the float model before prepare_fx, or give layers per-channel weights"
         )
-    return _prepare(model, qconfig_mapping, example_inputs, prepare_custom_config, backend_config)
+    return _prepare(
+        model,
+        qconfig_mapping,
+        example_inputs,
+        prepare_custom_config,
+        _target(backend_config),
+        compat_prepare_pipeline,
+    )
+
+
+def prepare_qat_fx(
+    model: nn.Module,
+    qconfig_mapping: QConfigMapping | Mapping[str, Any] | Any,
+    example_inputs: Any,
+    prepare_custom_config: PrepareCustomConfig | Mapping[str, Any] | Any = None,
+    backend_config: BackendConfig | Mapping[str, Any] | Any = None,
+) -> QuantGraphModule:
+    """Trace ``model`` and let it train with what int8 will round, as torch.ao does.
+
+    Args:
+        model: as for :func:`prepare_fx`, in training or evaluation mode. The result has parameters
+            of its own.
+        qconfig_mapping: as for :func:`prepare_fx`, with qconfigs of fake quantizers.
+        example_inputs: as for :func:`prepare_fx`.
+        prepare_custom_config: as for :func:`prepare_fx`.
+        backend_config: as for :func:`prepare_fx`.
+
+    Returns:
+        A prepared ``GraphModule`` with fake quantizers ``activation_post_process_N``, and a
+        ``weight_fake_quant`` in each module with a weight.
+
+    Raises:
+        UntraceableError: as for :func:`prepare_fx`.
+        TableQConfigError: an embedding has a qconfig without a float zero point per row.
+        ConfigError: a config that is none, or a transposed convolution before a batch-norm.
+    """
+    return _prepare(
+        model,
+        qconfig_mapping,
+        example_inputs,
+        prepare_custom_config,
+        refusing_wrong_tables(while_training(_target(backend_config))),
+        compat_qat_prepare_pipeline,
+    )
 
 
 def _prepare(
-    model: nn.Module, mapping: Any, example_inputs: Any, custom: Any, backend_config: Any
+    model: nn.Module,
+    mapping: Any,
+    example_inputs: Any,
+    custom: Any,
+    target: Target,
+    pipeline: Callable[[QConfigMapping, tuple[str, ...]], Pipeline],
 ) -> QuantGraphModule:
     diagnostics = Diagnostics()
     config = as_prepare_custom_config(custom, TORCH_AO, diagnostics)
     rules = _rules(mapping, diagnostics)
-    target = _target(backend_config)
     gm = capture(
         model, diagnostics, example_inputs, leaves=_leaves(model, config), strict_capture=True
     )
@@ -106,7 +155,7 @@ def _prepare(
     gm.update_state(target=X86_COMPAT.name, ledger=build_ledger(gm))
     paths = tuple(name for name, _ in model.named_modules(remove_duplicate=False))
     context = PassContext(target=target, diagnostics=diagnostics)
-    compat_prepare_pipeline(rules, paths).run(gm, context)
+    pipeline(rules, paths).run(gm, context)
     gm.meta[_MAPPING] = rules
     _preserve(gm, model, config.preserved_attributes)
     _set_qconfigs(gm)

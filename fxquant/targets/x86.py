@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 
 from fxquant.half import HALF_KINDS
-from fxquant.op_view import Op
 from fxquant.targets.guards import (
     batched,
     constant_bounds,
@@ -92,10 +91,6 @@ def _float(kind: str, reason: str) -> Row:
     return Row(kind=kind, role=Role.FLOAT, reason=reason)
 
 
-def _single_batch_norm(op: Op) -> str | None:
-    return four_or_five_dimensional(op) or evaluation_statistics(op)
-
-
 _OWN_SCALE = (
     "an average has a far smaller range than what it averages, and the int8 kernel would keep the"
     " wide scale (2 to 3 bits lost); dequantize + float mean + quantize take 22 us where the int8"
@@ -165,7 +160,7 @@ ROWS: tuple[Row, ...] = (
         role=Role.COMPUTE,
         kernel="quantized::batch_norm",
         epilogues=_SATURATION,
-        guards=(_single_batch_norm,),
+        guards=(four_or_five_dimensional, evaluation_statistics),
     ),
     _binary("add"),
     _binary("mul"),
