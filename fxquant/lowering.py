@@ -12,6 +12,7 @@ from torch import fx
 
 from fxquant.clamps import CLAMP_KINDS
 from fxquant.dataflow import reads_only_shape
+from fxquant.graph_module import WeightLimit
 from fxquant.kernels import as_bytes, as_quantized
 from fxquant.metadata import record_of, update_record
 from fxquant.op_view import Op, attribute
@@ -137,12 +138,14 @@ class Lowering:
         values: quantize node of the reference graph -> its value in the lowered graph.
         order: when each reference node's kernel runs, as a position in the graph.
         engines: of the target; empty where it chooses by form.
+        limits: the kernels that were chosen, with the weights that they read.
     """
 
     rewriter: GraphRewriter
     values: dict[object, IntValue] = field(default_factory=dict)
     order: Mapping[fx.Node, int] = field(default_factory=dict)
     engines: tuple[str, ...] = ()
+    limits: list[WeightLimit] = field(default_factory=list)
     _converted: dict[tuple[fx.Node, Representation], fx.Node] = field(default_factory=dict)
 
     @property

@@ -19,10 +19,11 @@ from fxquant.errors import Diagnostics, LoweringWarning
 from fxquant.graph_module import QuantGraphModule
 from fxquant.metadata import add_reason, record_of
 from fxquant.observed import weight_qparams
-from fxquant.op_view import Op, op_of
+from fxquant.op_view import Op, attribute, op_of
 from fxquant.pairing import KernelChoice, Pairing
 from fxquant.qconfig import QConfig
 from fxquant.specs import QParams, QuantSpec, choose_qparams, dequantize, quantize
+from fxquant.targets.saturation import pairing_here
 
 _HALF = 64
 """Of this magnitude two weights cannot overflow, wherever they are."""
@@ -143,7 +144,9 @@ class WeightFitter:
         self._choices = {}
         for node, op in weighted_ops(self.gm) if self.select is not None else ():
             path = op.constant_path("weight")
-            assert self.select is not None and path is not None
+            assert self.select is not None
+            if path is None:
+                continue  # its observer, in the graph, decides; fit-weights looks again
             choice = chosen(self.gm, node, op, self.select)
             if choice.pairing not in (Pairing.NONE, Pairing.WRONG):
                 self._choices.setdefault(path, []).append(choice)
@@ -204,6 +207,26 @@ def chosen(gm: QuantGraphModule, node: fx.Node, op: Op, select: Selector) -> Ker
             epilogues.append("" if behind is None else behind.name)
     integers = record.annotation is not None and record.annotation.output is not None
     return select(op, epilogues, integers=integers)
+
+
+def overflowing(gm: QuantGraphModule) -> list[str]:
+    """Weights of a lowered graph that overflow the kernels that read them here, a sentence each."""
+    found = []
+    for limit in gm.state.limits:
+        pairing = pairing_here(limit.geometry, limit.kernel)
+        choice = KernelChoice(kernel=limit.kernel, geometry=limit.geometry, pairing=pairing)
+        weight = attribute(gm, limit.weight)
+        if pairing in (Pairing.NONE, Pairing.WRONG) or not isinstance(weight, Tensor):
+            continue
+        channels = int((choice.excess(weight) > 1).sum())
+        if channels:
+            found.append(
+                f"the weight {limit.weight!r} overflows the 16-bit sums of {limit.kernel}'s kernel"
+                f" on this CPU in {channels} of {limit.geometry.outputs} output channels: it was"
+                " quantized for a CPU with VNNI. Move the model with fxquant.save and fxquant.load,"
+                " which fits its weights, or convert it here"
+            )
+    return found
 
 
 def tell(

@@ -53,7 +53,7 @@ class Lower(Pass):
         _deliver_floats(lowering, nodes)
         _reshape_instead_of_view(gm, rewriter)
         rewriter.erase_dead(_leftovers(gm, dead_before))
-        gm.update_state(stage=Stage.LOWERED)
+        gm.update_state(stage=Stage.LOWERED, limits=tuple(lowering.limits))
         rewriter.changes += 1
         return PassResult(changes=rewriter.finish(), refusals=tuple(refusals))
 

@@ -14,6 +14,7 @@ from torch import fx
 
 from fxquant.clamps import CLAMP_KINDS, bounds_of
 from fxquant.engine_free import clamp
+from fxquant.graph_module import WeightLimit
 from fxquant.kernels import as_bytes
 from fxquant.lowering import Representation, Site, Weight
 from fxquant.metadata import add_reason
@@ -32,9 +33,13 @@ WRITES_INTEGERS = "its result is read in floating point, and the kernel writes i
 
 
 def refused(site: Site, weight: Weight, choice: KernelChoice) -> str | None:
-    """Why the chosen kernel must not run with this weight, or ``None``."""
-    integers = attribute(site.lowering.gm, str(weight.integers.target))
-    return refusal(choice, integers)
+    """Why the chosen kernel must not run with this weight, or ``None`` where it will."""
+    name = str(weight.integers.target)
+    reason = refusal(choice, attribute(site.lowering.gm, name))
+    if reason is None:
+        limit = WeightLimit(weight=name, kernel=choice.kernel, geometry=choice.geometry)
+        site.lowering.limits.append(limit)
+    return reason
 
 
 PostOp = tuple[str, list[Any], str]

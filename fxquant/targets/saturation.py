@@ -19,7 +19,7 @@ from fxquant.kernel_probe import engines_for, is_exact
 from fxquant.metadata import shape_of
 from fxquant.op_view import Op
 from fxquant.pairing import POINTWISE, Geometry, KernelChoice, Pairing, pairing_of
-from fxquant.targets.guards import expand, is_non_overlapping, resolve_padding, weight_shape
+from fxquant.targets.guards import expand, resolve_padding, weight_shape
 
 _LARGEST_SIZE: Final = 64
 """Images are probed up to this size: it costs less, and no kernel was seen to change above it."""
@@ -62,7 +62,7 @@ def packed_kernel(geometry: Geometry, engines: tuple[str, ...] = ()) -> KernelCh
     names = engines or engines_for(geometry.form)
     choices = []
     for name in names:
-        choices.append(_choice(geometry, name, name))
+        choices.append(_choice(geometry, name))
         if choices[-1].pairing is Pairing.NONE:
             return choices[-1]
     known = [c for c in choices if c.pairing not in (Pairing.ANY, Pairing.WRONG)]
@@ -79,10 +79,26 @@ def transposed_kernel(op: Op, engines: tuple[str, ...] = ()) -> KernelChoice:
         engines: of the target, where it has its own.
     """
     geometry = geometry_of(op)
-    if not is_non_overlapping(op):
+    blocks = _as_blocks(geometry)
+    if blocks is None:
         return packed_kernel(geometry, engines or ("fbgemm",))
+    return _choice(geometry, packed_kernel(blocks, engines).kernel)
+
+
+def _as_blocks(geometry: Geometry) -> Geometry | None:
+    """The 1 x 1 convolution that a transposed one without overlap is run as, or ``None``."""
     ones, zeros = (1,) * len(geometry.kernel), (0,) * len(geometry.kernel)
-    blocks = Geometry(
+    others = (geometry.padding, geometry.output_padding)
+    if (
+        not geometry.transposed
+        or len(ones) != 2
+        or geometry.groups != 1
+        or geometry.stride != geometry.kernel
+        or geometry.dilation != ones
+        or others != (zeros, zeros)
+    ):
+        return None
+    return Geometry(
         inputs=geometry.inputs,
         outputs=geometry.outputs * math.prod(geometry.kernel),
         kernel=ones,
@@ -91,15 +107,11 @@ def transposed_kernel(op: Op, engines: tuple[str, ...] = ()) -> KernelChoice:
         padding=zeros,
         dilation=ones,
     )
-    choice = packed_kernel(blocks, engines)
-    same = choice.pairing in (Pairing.NONE, Pairing.ANY, Pairing.WRONG)
-    pairing = choice.pairing if same else Pairing.CHANNELS  # what all are for one tap
-    return KernelChoice(kernel=choice.kernel, geometry=geometry, pairing=pairing)
 
 
 def pointwise_kernel(geometry: Geometry) -> KernelChoice:
     """``onednn::q*_pointwise``: float results and fused functions."""
-    return _choice(geometry, POINTWISE, "onednn")
+    return _choice(geometry, POINTWISE)
 
 
 def refusal(choice: KernelChoice, weight: Tensor) -> str | None:
@@ -150,11 +162,27 @@ def _size(op: Op, dimensions: int) -> tuple[int, ...]:
     return tuple(min(size, _LARGEST_SIZE) for size in shape[-dimensions:])
 
 
-def _choice(geometry: Geometry, kernel: str, engine: str) -> KernelChoice:
-    """What ``kernel`` overflows; each geometry is asked only where the engine saturates at all."""
-    pairing = Pairing.NONE
+def _choice(geometry: Geometry, kernel: str) -> KernelChoice:
+    return KernelChoice(kernel=kernel, geometry=geometry, pairing=pairing_here(geometry, kernel))
+
+
+def pairing_here(geometry: Geometry, kernel: str) -> Pairing:
+    """How ``kernel`` pairs products; each geometry is asked only where its engine saturates at all.
+
+    A transposed convolution without overlap is asked as the convolution that it is run as.
+
+    Args:
+        geometry: of the layer.
+        kernel: an engine, or :data:`fxquant.pairing.POINTWISE`.
+    """
+    blocks = _as_blocks(geometry)
+    if blocks is not None:
+        pairing = pairing_here(blocks, kernel)
+        same = pairing in (Pairing.NONE, Pairing.ANY, Pairing.WRONG)
+        return pairing if same else Pairing.CHANNELS  # what all are for one tap
+    engine = "onednn" if kernel == POINTWISE else kernel
     form = "linear" if not geometry.kernel else "conv"
     separate_code = engine == "fbgemm" and geometry.inputs == 1 and geometry.groups > 1
     if geometry.transposed or separate_code or not is_exact(form, engine):
-        pairing = pairing_of(geometry, kernel)
-    return KernelChoice(kernel=kernel, geometry=geometry, pairing=pairing)
+        return pairing_of(geometry, kernel)
+    return Pairing.NONE

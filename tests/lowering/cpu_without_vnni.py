@@ -19,7 +19,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from fxquant.artifact import load, save
-from fxquant.errors import FxQuantWarning
+from fxquant.errors import FxQuantWarning, LoweringError
 from fxquant.explain import explain
 from fxquant.graph_codec import decode_graph
 from fxquant.graph_module import QuantGraphModule, Stage
@@ -349,8 +349,34 @@ def save_here() -> dict[str, Any]:
         return {"output": int8(x).tolist()}
 
 
+def pickles() -> dict[str, str]:
+    """Unpickle what was pickled where there is VNNI, and load such a state."""
+    folder = Path(sys.argv[2])
+    found = {}
+    for name in ("worst", "tame"):
+        try:
+            torch.load(folder / f"{name}.pt", weights_only=False)
+            found[name] = ""
+        except LoweringError as error:
+            found[name] = str(error)
+    model = nn.Sequential(nn.Conv2d(32, 24, 3), nn.ConvTranspose2d(24, 8, 2, 2), nn.Conv2d(8, 4, 1))
+    x = torch.rand(2, 32, 8, 8)
+    prepared = prepare_fx(model.eval(), None, (x,), bias_correction=False)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FxQuantWarning)
+        prepared(x)
+        int8 = convert_fx(prepared)
+    try:
+        int8.load_state_dict(torch.load(folder / "worst.state.pt"))
+        found["worst state"] = ""
+    except RuntimeError as error:
+        found["worst state"] = str(error)
+    return found
+
+
 if __name__ == "__main__":
     tasks: dict[str, Callable[[], Any]] = {
+        "pickles": pickles,
         "layers": layers,
         "channels": channels,
         "warning": warning,

@@ -147,6 +147,33 @@ def test_an_artifact_of_a_cpu_without_vnni_loads_here_unchanged(tmp_path: Path) 
     torch.testing.assert_close(given, torch.tensor(found["output"]), rtol=1e-6, atol=1e-5)
 
 
+def test_a_pickle_of_a_cpu_with_vnni_is_refused_where_it_would_overflow(tmp_path: Path) -> None:
+    """It cannot be lowered again: it has no calibrated weights, and neither has a state dict."""
+    torch.manual_seed(0)
+    worst = nn.Sequential(nn.Conv2d(32, 24, 3), nn.ConvTranspose2d(24, 8, 2, 2), nn.Conv2d(8, 4, 1))
+    tame = nn.Sequential(nn.Conv2d(32, 24, 3), nn.Conv2d(24, 4, 1))
+    x = torch.rand(2, 32, 8, 8)
+    for layer in worst:
+        nn.init.constant_(layer.weight, 0.1)
+    for layer in tame:
+        nn.init.zeros_(layer.weight)
+        with torch.no_grad():
+            layer.weight[:, 0] = 1.0  # in no pair that overflows
+    for name, model in (("worst", worst), ("tame", tame)):
+        prepared = prepare_fx(model.eval(), None, (x,), bias_correction=False)
+        prepared(x)
+        int8 = convert_fx(prepared)
+        torch.save(int8, tmp_path / f"{name}.pt")
+        torch.save(int8.state_dict(), tmp_path / f"{name}.state.pt")
+    found = on("avx2", "pickles", str(tmp_path))
+    assert "overflows the 16-bit sums" in found["worst"]
+    assert "fxquant.save" in found["worst"]
+    assert found["tame"] == ""
+    assert "_0_weight" in found["worst state"]
+    assert "_1_weight" in found["worst state"]
+    assert "_2_weight" in found["worst state"]
+
+
 # -- the arithmetic of fitting --------------------------------------------------------------------
 
 SYMMETRIC = QuantSpec(
@@ -268,10 +295,7 @@ def test_strict_makes_an_error_of_a_fitted_weight(monkeypatch: pytest.MonkeyPatc
     """Also on this CPU, were its kernels to pair."""
     from fxquant.targets import saturation
 
-    def pairs(geometry: Geometry, kernel: str, engine: str) -> KernelChoice:
-        return KernelChoice(kernel=kernel, geometry=geometry, pairing=Pairing.ANY)
-
-    monkeypatch.setattr(saturation, "_choice", pairs)
+    monkeypatch.setattr(saturation, "pairing_here", lambda geometry, kernel: Pairing.ANY)
     model, x = nn.Sequential(nn.Linear(16, 8)).eval(), torch.randn(4, 16)
     prepared = prepare_fx(model, None, (x,))
     prepared(x)

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from fxquant.errors import Diagnostics, LoweringWarning
 from fxquant.graph_module import QuantGraphModule
 from fxquant.metadata import record_of
-from fxquant.pairing import Geometry, KernelChoice, Pairing
+from fxquant.pairing import Pairing
 from fxquant.pass_manager import PassContext, PassResult, run_pass
 from fxquant.passes.fit_weights import FitWeights
 from fxquant.passes.round_biases import RoundBiases
@@ -59,10 +59,7 @@ def _text(gm: fx.GraphModule) -> str:
 def _pairing(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the kernels of this CPU added products in pairs."""
 
-    def pairs(geometry: Geometry, kernel: str, engine: str) -> KernelChoice:
-        return KernelChoice(kernel=kernel, geometry=geometry, pairing=Pairing.CHANNELS)
-
-    monkeypatch.setattr(saturation, "_choice", pairs)
+    monkeypatch.setattr(saturation, "pairing_here", lambda geometry, kernel: Pairing.CHANNELS)
 
 
 def test_fit_weights_leaves_a_graph_that_fits(recwarn: pytest.WarningsRecorder) -> None:
