@@ -68,7 +68,7 @@ def save(model: QuantGraphModule, path: str | os.PathLike[str]) -> None:
 
     nodes, source = _graph_to_write(model)
     tensors, modules = _contents(nodes, source)
-    state = replace(model.state, packs=(), reference=())
+    state = replace(model.state, packs=(), reference=(), limits=())
     header = {
         "format": FORMAT,
         "fxquant": __version__,

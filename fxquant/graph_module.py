@@ -21,10 +21,13 @@ from torch import fx, nn
 
 from fxquant.autocast import is_autocast, no_autocast, widened
 from fxquant.clamps import high_is_free, low_is_free
-from fxquant.errors import ConfigError
+from fxquant.errors import ConfigError, LoweringError
 from fxquant.graph_codec import EncodedNode, decode_graph, encode_graph
 from fxquant.metadata import record_of, set_record
 from fxquant.op_view import attribute
+
+if TYPE_CHECKING:
+    from fxquant.pairing import Geometry
 
 PRESERVED_ATTRIBUTES: Final = "_user_preserved_attributes"
 """Key in ``GraphModule.meta`` of the attributes that the user wants kept, by name."""
@@ -104,6 +107,21 @@ class AbsorbedClamp:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WeightLimit:
+    """A kernel that reads an integer weight, whose products it may have to add in 16 bits.
+
+    Attributes:
+        weight: name of the weight's buffer.
+        kernel: as :attr:`fxquant.pairing.KernelChoice.kernel`.
+        geometry: of the layer.
+    """
+
+    weight: str
+    kernel: str
+    geometry: Geometry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GraphState:
     """What holds for a whole graph, beside its nodes.
 
@@ -118,6 +136,8 @@ class GraphState:
         signature: names of the inputs.
         reference: of a lowered graph: the reference graph it was made from, to be saved and
             lowered again on another machine.
+        limits: of a lowered graph: which kernel reads which integer weight, for a machine whose
+            kernels it might overflow.
     """
 
     stage: Stage = Stage.FLOAT
@@ -129,6 +149,7 @@ class GraphState:
     shapes_known: bool = False
     signature: tuple[str, ...] = ()
     reference: tuple[EncodedNode, ...] = ()
+    limits: tuple[WeightLimit, ...] = ()
 
 
 _PACKING = threading.RLock()
@@ -257,9 +278,18 @@ class QuantGraphModule(fx.GraphModule):
         super()._load_from_state_dict(*args, **kwargs)
         errors = args[-1]  # what load_state_dict raises as one RuntimeError
         errors.extend(self._clamps_lost())
+        errors.extend(self._weights_overflow())
         for pack in self._state.packs:
             self.__dict__.pop(pack.name, None)
         self._rebind()
+
+    def _weights_overflow(self) -> list[str]:
+        """Integer weights that a kernel of this machine would overflow with."""
+        if not self._state.limits:
+            return []
+        from fxquant.weight_fit import overflowing
+
+        return overflowing(self)
 
     def _clamps_lost(self) -> list[str]:
         """Absorbed clamps that the present ranges do not express."""
@@ -403,6 +433,9 @@ def _rebuild(
     result.training = training
     result.meta.update(meta)
     _set_preserved_attributes(result)
+    lost = result._weights_overflow()
+    if lost:
+        raise LoweringError(f"this model was pickled on a machine with other kernels: {lost[0]}")
     return result
 
 
