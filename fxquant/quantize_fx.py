@@ -1,11 +1,12 @@
-"""The public steps: ``prepare_fx``, ``convert_fx``, ``convert_to_reference_fx``, ``fuse_fx``.
+"""The public steps: ``prepare_fx``, ``prepare_qat_fx``, ``convert_fx`` and their relatives.
 
 None of them touches what it is given: each works on a copy and returns a new module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from torch import fx, nn
@@ -25,16 +26,24 @@ from fxquant.graph_codec import encode_graph
 from fxquant.graph_module import QuantGraphModule, Stage
 from fxquant.ledger import build_ledger
 from fxquant.op_view import op_of
-from fxquant.pass_manager import PassContext
+from fxquant.pass_manager import PassContext, Pipeline
 from fxquant.pipelines import (
     fuse_pipeline,
     lowering_pipeline,
     prepare_pipeline,
+    qat_prepare_pipeline,
     reference_pipeline,
 )
-from fxquant.qconfig_mapping import QConfigMapping, get_default_qconfig_mapping, normalize
+from fxquant.qat_modules import holds_training_modules
+from fxquant.qconfig_mapping import (
+    QConfigMapping,
+    get_default_qat_qconfig_mapping,
+    get_default_qconfig_mapping,
+    normalize,
+)
 from fxquant.shapes import record_shapes
 from fxquant.targets.registry import target_here, target_named
+from fxquant.targets.training import while_training
 
 
 class _Missing:
@@ -87,28 +96,99 @@ def prepare_fx(
         CaptureError: the model cannot be traced.
         StrictModeError: under ``strict``, what would have been a warning.
     """
+    mapping = _mapping(qconfig_mapping, get_default_qconfig_mapping)
+    paths = _paths(model)
+    pipeline = prepare_pipeline(mapping, paths, bias_correction=bias_correction)
+    return _prepare(model, example_inputs, pipeline, _Call("prepare_fx", target, strict=strict))
+
+
+@without_autocast
+def prepare_qat_fx(
+    model: nn.Module,
+    qconfig_mapping: QConfigMapping | Mapping[Any, Any] | None = None,
+    example_inputs: Any = _MISSING,
+    *,
+    target: str = "x86",
+    strict: bool = False,
+) -> QuantGraphModule:
+    """Trace ``model`` and let it train with what int8 will round: quantization-aware training.
+
+    Train the result as the model was trained, with a small learning rate, then :func:`convert_fx`.
+    Batch-norms train inside the convolution or linear before them, whose weight is rounded as it
+    will be once they are folded; ``apply(freeze_bn_stats)`` fixes their statistics in late epochs.
+
+    Args:
+        model: in training or evaluation mode, which the result keeps. It is not touched, and
+            shares no parameter with the result.
+        qconfig_mapping: as for :func:`prepare_fx`, with qconfigs of fake quantizers. ``None`` is
+            the default mapping of the target.
+        example_inputs: as for :func:`prepare_fx`.
+        target: as for :func:`prepare_fx`.
+        strict: turn every warning into an error.
+
+    Returns:
+        A prepared module with the model's parameters, fake quantizers
+        ``activation_post_process_N``, and a ``weight_fake_quant`` in each module with a weight.
+
+    Raises:
+        MissingExampleInputsError: ``example_inputs`` was omitted.
+        ConfigError: the mapping has unknown keys or names something that is not there.
+        CaptureError: the model cannot be traced.
+        StrictModeError: under ``strict``, what would have been a warning.
+    """
+    mapping = _mapping(qconfig_mapping, get_default_qat_qconfig_mapping)
+    pipeline = qat_prepare_pipeline(mapping, _paths(model))
+    call = _Call("prepare_qat_fx", target, strict=strict, trains=True)
+    return _prepare(model, example_inputs, pipeline, call)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a public prepare was asked for, beside its pipeline.
+
+    Attributes:
+        caller: its name.
+        target: name of the target.
+        strict: warnings are errors.
+        trains: the result trains, so it has parameters of its own.
+    """
+
+    caller: str
+    target: str
+    strict: bool
+    trains: bool = False
+
+
+def _mapping(given: Any, default: Callable[[str], QConfigMapping]) -> QConfigMapping:
+    return default("x86") if given is None else normalize(given)
+
+
+def _paths(model: object) -> tuple[str, ...]:
+    if not isinstance(model, nn.Module):
+        return ()  # refused in a moment, with a message
+    return tuple(name for name, _ in model.named_modules(remove_duplicate=False))
+
+
+def _prepare(
+    model: nn.Module, example_inputs: Any, pipeline: Pipeline, call: _Call
+) -> QuantGraphModule:
     if isinstance(example_inputs, _Missing):
         raise MissingExampleInputsError(
-            "prepare_fx() misses the argument example_inputs: a tuple of inputs that the model"
+            f"{call.caller}() misses the argument example_inputs: a tuple of inputs that the model"
             " accepts, such as (torch.randn(1, 3, 224, 224),). Pass None to go without shapes"
         )
-    _check_module(model, "prepare_fx")
-    diagnostics = Diagnostics(strict=strict)
-    chosen = target_here(target, diagnostics)
-    mapping = (
-        get_default_qconfig_mapping("x86")
-        if qconfig_mapping is None
-        else normalize(qconfig_mapping)
-    )
-    gm = capture(model, diagnostics, example_inputs, share=True)
+    _check_module(model, call.caller)
+    diagnostics = Diagnostics(strict=call.strict)
+    chosen = target_here(call.target, diagnostics)
+    gm = capture(model, diagnostics, example_inputs, share=not call.trains)
     record_shapes(gm, example_inputs, diagnostics)
     gm.update_state(target=chosen.name, ledger=build_ledger(gm))
-    paths = tuple(name for name, _ in model.named_modules(remove_duplicate=False))
-    context = PassContext(target=chosen, diagnostics=diagnostics)
-    prepare_pipeline(mapping, paths, bias_correction=bias_correction).run(gm, context)
-    take_apart(gm, model)
-    if model.training:
-        _warn_of_dropout(gm, diagnostics)
+    table = while_training(chosen) if call.trains else chosen
+    pipeline.run(gm, PassContext(target=table, diagnostics=diagnostics))
+    if not call.trains:
+        take_apart(gm, model)
+        if model.training:
+            _warn_of_dropout(gm, diagnostics)
     return gm
 
 
@@ -117,8 +197,9 @@ def convert_fx(prepared: nn.Module, *, strict: bool = False) -> QuantGraphModule
     """Turn a calibrated module into one that runs int8 kernels.
 
     Args:
-        prepared: what :func:`prepare_fx` returned, calibrated. It is not touched: it can be
-            calibrated further and converted again.
+        prepared: what :func:`prepare_fx` returned, calibrated, or :func:`prepare_qat_fx`, trained.
+            It is not touched: it can be calibrated or trained further and converted again. What
+            trained gives a result in evaluation mode.
         strict: turn every warning into an error.
 
     Returns:
@@ -228,6 +309,8 @@ def _reference(
         )
     gm = own_copy(prepared, share=True)
     assert isinstance(gm, QuantGraphModule)
+    if holds_training_modules(gm):
+        gm.eval()  # training is over
     diagnostics = Diagnostics(strict=strict)
     context = PassContext(target=target_here(gm.state.target, diagnostics), diagnostics=diagnostics)
     gm.update_state(target=context.target.name)
