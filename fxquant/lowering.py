@@ -224,11 +224,18 @@ class Lowering:
         if not moved or site.op.name in CLAMP_KINDS:  # what only moves stays inside the range
             node, held, root = self.within(site.quantize, node, held, root, at=site.last)
         update_record(node, stands_for=site.quantize.name)
+        inputs = site.inputs() if moved else None
+        # Those of the input are the same numbers, unless a kernel before chose its own.
+        scale, zero_point = (
+            (inputs[0].scale, inputs[0].zero_point)
+            if inputs
+            else (_buffer(site.quantize.args[1]), _buffer(site.quantize.args[2]))
+        )
         self.values[site.quantize] = IntValue(
             node=node,
             representation=held,
-            scale=_buffer(site.quantize.args[1]),
-            zero_point=_buffer(site.quantize.args[2]),
+            scale=scale,
+            zero_point=zero_point,
             root=root or node,
         )
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from fxquant.clamps import bounds_of
 from fxquant.engine_free import clamp
-from fxquant.lowering import Bound, Representation, Site
-from fxquant.op_view import Op
+from fxquant.lowering import Bound, IntValue, Lowering, Representation, Site
+from fxquant.op_view import Op, attribute
 from fxquant.targets.emit_common import (
     BYTES,
     FLOAT_INPUT,
@@ -47,12 +47,18 @@ def moved(
 
 
 def emit_list(function: Callable[..., Any]) -> Emitter:
-    """``cat`` and ``stack`` of bytes that have the same parameters."""
+    """``cat`` and ``stack`` of bytes that have the same parameters, of tensors that have not."""
 
     def emit(site: Site) -> str | None:
         inputs = site.inputs()
         if inputs is None:
             return FLOAT_INPUT
+        if not _same_parameters(site.lowering, inputs):
+            tensors = [site.lowering.held_as(x, QUANTIZED, at=site.last) for x in inputs]
+            args = (tensors, site.op.arguments["dim"])
+            made = site.lowering.emit(site, function, args, f"aten::{site.op.name} on quantized")
+            site.lowering.result(site, made, QUANTIZED)
+            return None
         sources = [site.lowering.held_as(x, BYTES, at=site.last) for x in inputs]
         node = site.lowering.emit(
             site, function, (sources, site.op.arguments["dim"]), f"aten::{site.op.name} on bytes"
@@ -63,6 +69,14 @@ def emit_list(function: Callable[..., Any]) -> Emitter:
         return None
 
     return emit
+
+
+def _same_parameters(lowering: Lowering, values: tuple[IntValue, ...]) -> bool:
+    """Whether values have the same scale and zero point; kernels that choose theirs may not."""
+    buffers = [
+        (attribute(lowering.gm, v.scale), attribute(lowering.gm, v.zero_point)) for v in values
+    ]
+    return all(torch.equal(a, b) for pair in buffers for a, b in zip(pair, buffers[0], strict=True))
 
 
 def emit_pad(site: Site) -> str | None:
