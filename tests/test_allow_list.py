@@ -209,7 +209,7 @@ def _told(*patterns: BackendPatternConfig) -> list[str]:
 
 UNHONOURED: list[tuple[BackendPatternConfig, str]] = [
     (_pattern(nn.GRUCell, STATIC), "no kernel for calibrated activations"),
-    (_pattern(nn.InstanceNorm2d), r"InstanceNorm2d: wanted it quantized; possible: FP32 \(Inst"),
+    (_pattern(nn.Softshrink), r"Softshrink: wanted it quantized; possible: FP32 \(Soft"),
     (_pattern(nn.Sigmoid, ACTIVATION), r"Sigmoid: wanted it quantized; possible: FP32 \(quant"),
     (_pattern(nn.Conv2d, DTypeConfig(torch.qint8)), "possible: activation uint8"),
     (_pattern(nn.Conv2d, DTypeConfig(None, torch.qint8)), "possible: activation uint8, float32"),
