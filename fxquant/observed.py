@@ -35,8 +35,9 @@ def was_observed(observer: nn.Module) -> bool:
 
 
 def is_ready(observer: nn.Module) -> bool:
-    """Whether an observer has seen data, or needs none because parameters come at run time."""
-    return was_observed(observer) or spec_of_observer(observer).is_dynamic
+    """Whether an observer has seen data, or needs none: a cast, or parameters at run time."""
+    spec = spec_of_observer(observer)
+    return was_observed(observer) or spec.is_dynamic or spec.is_float
 
 
 def qparams_of(observer: nn.Module, spec: QuantSpec) -> QParams:
@@ -50,9 +51,10 @@ def qparams_of(observer: nn.Module, spec: QuantSpec) -> QParams:
         return found
     scale, zero_point = observer.calculate_qparams()  # type: ignore[operator]  # every observer has it
     shape = (-1,) if spec.is_per_channel else ()
+    whole = torch.float32 if spec.has_float_zero_point else torch.int32
     return QParams(
         scale.detach().to(torch.float32).reshape(shape),
-        zero_point.detach().to(torch.int32).reshape(shape),
+        zero_point.detach().to(whole).reshape(shape),
         spec,
     )
 

@@ -266,11 +266,12 @@ KINDS: tuple[OpKind, ...] = (
         OpKind(
             name=name,
             signature=_signature(
-                "input hx weights bidirectional batch_first levels",
+                "input hx weights bidirectional batch_first levels rounded",
                 hx=None,
                 bidirectional=False,
                 batch_first=False,
                 levels=None,
+                rounded=False,
             ),
             functions=(function,),
             modules={module: _same("bidirectional", "batch_first")},
@@ -284,7 +285,9 @@ KINDS: tuple[OpKind, ...] = (
     *(
         OpKind(
             name=name,
-            signature=_signature("input hx weights levels", hx=None, levels=None),
+            signature=_signature(
+                "input hx weights levels rounded", hx=None, levels=None, rounded=False
+            ),
             functions=(function,),
             modules={module: {}},
             definition=True,
@@ -296,7 +299,9 @@ KINDS: tuple[OpKind, ...] = (
     ),
     OpKind(
         name="rnn_cell",
-        signature=_signature("input hx weights nonlinearity levels", hx=None, levels=None),
+        signature=_signature(
+            "input hx weights nonlinearity levels rounded", hx=None, levels=None, rounded=False
+        ),
         functions=(recurrent.rnn_cell,),
         modules={nn.RNNCell: _same("nonlinearity")},
         definition=True,

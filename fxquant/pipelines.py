@@ -12,6 +12,7 @@ from fxquant.passes.correct_bias import CorrectBias
 from fxquant.passes.fit_weights import FitWeights
 from fxquant.passes.fold_batch_norm import FoldBatchNorm, folded_as_torch
 from fxquant.passes.fold_channel_scale import FoldChannelScale
+from fxquant.passes.fold_weights import FoldWeights
 from fxquant.passes.freeze_weights import FreezeWeights
 from fxquant.passes.functionalize import Functionalize
 from fxquant.passes.fuse_patterns import FusePatterns
@@ -194,6 +195,15 @@ def compat_reference_pipeline() -> Pipeline:
             ToReference(),  # nothing is cancelled: callers count the steps
         ),
         given=frozenset({Fact.OBSERVED}),
+    )
+
+
+def compat_folding_pipeline() -> Pipeline:
+    """Reference graph of the compat profile, as callers see it, to the one that is lowered."""
+    return Pipeline(
+        "compat-fold",
+        (FoldWeights(),),  # callers count the steps before, and nobody needs the floats after
+        given=frozenset({Fact.REFERENCE}),
     )
 
 

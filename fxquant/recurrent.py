@@ -4,7 +4,8 @@ These are the functions that reference graphs call for ``nn.LSTM`` and its like;
 target are compared with them. ``levels`` says how activations are quantized before they are
 multiplied: ``(quant_min, quant_max)`` of a uint8 tensor whose scale comes from its own values, as
 PyTorch's dynamic kernels do it (once for the inputs of all time steps, once for the state of every
-step), or ``None`` for not at all.
+step), or ``None`` for not at all. ``rounded`` says that ``input`` was quantized and dequantized
+before, so that the first layer takes it as it is.
 
 Sources: Hochreiter and Schmidhuber 1997; Cho et al. 2014; the equations of ``torch.nn.LSTM`` and
 ``torch.nn.GRU``.
@@ -78,11 +79,13 @@ _SIMPLE_STEPS: Final = {"tanh": _tanh_step, "relu": _relu_step}
 Step = Callable[[Tensor, Callable[[], Tensor], State], State]
 
 
-def _cell(step: Step, x: Tensor, state: State, weights: Weights, levels: Levels) -> State:
+def _cell(
+    step: Step, x: Tensor, state: State, weights: Weights, levels: Levels, *, rounded: bool
+) -> State:
     """One time step: ``x`` ``[N, I]``, states ``[N, H]``."""
     w_ih, w_hh, b_ih, b_hh = weights
     assert w_ih is not None and w_hh is not None
-    gates = _product(x, w_ih, b_ih, levels)
+    gates = _product(x, w_ih, b_ih, None if rounded else levels)
     return step(gates, lambda: _product(state[0], w_hh, b_hh, levels), state)
 
 
@@ -94,12 +97,13 @@ def _direction(
     weights: Weights,
     levels: Levels,
     *,
+    rounded: bool,
     reverse: bool,
 ) -> tuple[Tensor, State]:
     """One layer in one direction; returns outputs, a row per row of ``data``, and last states."""
     w_ih, w_hh, b_ih, b_hh = weights
     assert w_ih is not None and w_hh is not None
-    gates = _product(data, w_ih, b_ih, levels).split(sizes)
+    gates = _product(data, w_ih, b_ih, None if rounded else levels).split(sizes)
     outputs: list[Tensor] = list(gates)
     current = state
     for t in reversed(range(len(sizes))) if reverse else range(len(sizes)):
@@ -120,7 +124,9 @@ Core = Callable[[Tensor, Tensor | None, State], tuple[Tensor, State]]
 ``[T, N, I]`` without batch sizes and ``[rows, I]`` with them, states ``[layers, N, H]``."""
 
 
-def _layers(step: Step, weights: Weights, directions: int, levels: Levels) -> Core:
+def _layers(
+    step: Step, weights: Weights, directions: int, levels: Levels, *, rounded: bool
+) -> Core:
     count = len(weights) // TENSORS_PER_LAYER
 
     def run(data: Tensor, batch_sizes: Tensor | None, states: State) -> tuple[Tensor, State]:
@@ -134,7 +140,9 @@ def _layers(step: Step, weights: Weights, directions: int, levels: Levels) -> Co
                 own = weights[TENSORS_PER_LAYER * index : TENSORS_PER_LAYER * (index + 1)]
                 state = tuple(part[index] for part in states)
                 output, state = _direction(
-                    step, rows, sizes, state, own, levels, reverse=index > first
+                    *(step, rows, sizes, state, own, levels),
+                    rounded=rounded and first == 0,
+                    reverse=index > first,
                 )
                 outputs.append(output)
                 last.append(state)
@@ -229,9 +237,10 @@ def lstm(
     bidirectional: bool = False,
     batch_first: bool = False,
     levels: Levels = None,
+    rounded: bool = False,
 ) -> tuple[Any, State]:
     """``nn.LSTM`` in evaluation; ``weights`` has :data:`TENSORS_PER_LAYER` for every layer."""
-    core = _layers(_lstm_step, weights, 1 + bidirectional, levels)
+    core = _layers(_lstm_step, weights, 1 + bidirectional, levels, rounded=rounded)
     shape = (2, len(weights) // TENSORS_PER_LAYER, _features(weights))
     return run_sequence(core, input, hx, shape, batch_first)
 
@@ -243,9 +252,10 @@ def gru(
     bidirectional: bool = False,
     batch_first: bool = False,
     levels: Levels = None,
+    rounded: bool = False,
 ) -> tuple[Any, Tensor]:
     """``nn.GRU`` in evaluation; ``weights`` has :data:`TENSORS_PER_LAYER` for every layer."""
-    core = _layers(_gru_step, weights, 1 + bidirectional, levels)
+    core = _layers(_gru_step, weights, 1 + bidirectional, levels, rounded=rounded)
     shape = (1, len(weights) // TENSORS_PER_LAYER, _features(weights))
     output, last = run_sequence(core, input, None if hx is None else (hx,), shape, batch_first)
     return output, last[0]
@@ -256,20 +266,21 @@ def lstm_cell(
     hx: State | None,
     weights: Weights,
     levels: Levels = None,
+    rounded: bool = False,
 ) -> State:
     """``nn.LSTMCell``."""
 
     def core(x: Tensor, states: State) -> State:
-        return _cell(_lstm_step, x, states, weights, levels)
+        return _cell(_lstm_step, x, states, weights, levels, rounded=rounded)
 
     return run_cell(core, input, hx, (2, _features(weights)))
 
 
 def _simple_cell(
-    step: Step, x: Tensor, hx: Tensor | None, weights: Weights, levels: Levels
+    step: Step, x: Tensor, hx: Tensor | None, weights: Weights, levels: Levels, *, rounded: bool
 ) -> Tensor:
     def core(rows: Tensor, states: State) -> State:
-        return _cell(step, rows, states, weights, levels)
+        return _cell(step, rows, states, weights, levels, rounded=rounded)
 
     return run_cell(core, x, None if hx is None else (hx,), (1, _features(weights)))[0]
 
@@ -279,9 +290,10 @@ def gru_cell(
     hx: Tensor | None,
     weights: Weights,
     levels: Levels = None,
+    rounded: bool = False,
 ) -> Tensor:
     """``nn.GRUCell``."""
-    return _simple_cell(_gru_step, input, hx, weights, levels)
+    return _simple_cell(_gru_step, input, hx, weights, levels, rounded=rounded)
 
 
 def rnn_cell(
@@ -290,6 +302,8 @@ def rnn_cell(
     weights: Weights,
     nonlinearity: str,
     levels: Levels = None,
+    rounded: bool = False,
 ) -> Tensor:
     """``nn.RNNCell``; ``nonlinearity`` is ``"tanh"`` or ``"relu"``."""
-    return _simple_cell(_SIMPLE_STEPS[nonlinearity], input, hx, weights, levels)
+    step = _SIMPLE_STEPS[nonlinearity]
+    return _simple_cell(step, input, hx, weights, levels, rounded=rounded)

@@ -11,7 +11,6 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fxquant.dataflow import (
     has_float_input,
-    is_surely_float_tensor,
     looks_up,
     reads_only_shape,
     value_users,
@@ -183,11 +182,6 @@ def _unusable_inputs(gm: QuantGraphModule, op: Op, row: Row) -> str | None:
         value = record_of(source).value
         if isinstance(value, TensorRecord) and value.dtype != torch.float32:
             return f"{source.name!r} is {_short(value.dtype)}{_OTHER_DTYPE}"
-        if row.kind in ("add", "mul", "slice") and not is_surely_float_tensor(gm, source):
-            return (
-                f"{source.name!r} may be something else than a float tensor, which example inputs"
-                " would tell"
-            )
     return None
 
 
@@ -342,7 +336,7 @@ def _float_interface(
     assert weight is not None
     _check_finite(node, op)
     if activation.quant_max > row.dynamic_quant_max:
-        add_reason(node, f"its kernel quantizes activations to 0..{row.dynamic_quant_max}")
+        add_reason(node, f"activations are quantized to 0..{row.dynamic_quant_max} at run time")
         activation = replace(activation, quant_max=row.dynamic_quant_max)
     if not weight.is_float:
         weight = _fit_weight(node, weight, row)

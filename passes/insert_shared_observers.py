@@ -7,13 +7,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import fx
 
+from fxquant.dataflow import is_float_tensor
 from fxquant.graph_module import QuantGraphModule, Stage
 from fxquant.metadata import record_of
+from fxquant.observed import spec_of_observer
+from fxquant.op_view import Form, op_of
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
 from fxquant.passes.insert_observers import OBSERVER_PREFIX, external_inputs, on_device
 from fxquant.qconfig import QConfig
@@ -26,7 +30,8 @@ class InsertSharedObservers(Pass):
     """Insert root modules ``activation_post_process_N``, numbered in the order of the ops.
 
     For every quantized op its inputs are observed first, by its own qconfig, unless something
-    observed them already; then its output. An op that keeps the parameters of its input has the
+    observed them already, and the weight of a function with them (that of a module is observed when
+    it is final); then its output. An op that keeps the parameters of its input has the
     *same module* behind it under a new name, and an op of several inputs (cat) gives all of them
     the module of the first: what one of them sees, all do.
     """
@@ -66,8 +71,11 @@ class _Work:
         annotation, qconfig = record.annotation, record.qconfig
         if annotation is None or qconfig is None:
             return
-        for source, spec in external_inputs(self.rewriter.gm, node):
-            self._input(node, source, spec, qconfig)
+        for source, spec in _activations(self.rewriter.gm, node):
+            self._input(node, source, spec, qconfig, qconfig.activation)
+        weight = _weight_of_function(self.rewriter.gm, node)
+        if weight is not None and annotation.weight is not None:
+            self._weight(node, weight, annotation.weight, qconfig)
         ends = record.fusion is None or record.fusion.last == node.name
         if not ends or annotation.output is None:
             return
@@ -76,14 +84,26 @@ class _Work:
         else:
             self._insert(node, annotation.output, qconfig, qconfig.activation(), list(node.users))
 
-    def _input(self, reader: fx.Node, source: fx.Node, spec: QuantSpec, qconfig: QConfig) -> None:
+    def _weight(self, reader: fx.Node, weight: fx.Node, spec: QuantSpec, qconfig: QConfig) -> None:
+        """Observe a weight in the graph, where the observer chooses what the op table wants."""
+        if spec_of_observer(qconfig.weight()) == spec:
+            self._input(reader, weight, spec, qconfig, qconfig.weight)
+
+    def _input(
+        self,
+        reader: fx.Node,
+        source: fx.Node,
+        spec: QuantSpec,
+        qconfig: QConfig,
+        factory: Callable[[], Any],
+    ) -> None:
         """Let ``reader`` read ``source`` through an observer, one that is there if it fits."""
         for found, node in self.behind.get(_observed_value(source), []):
             if found.dtype is spec.dtype and found.is_dynamic == spec.is_dynamic:
                 if node is not source:
                     self.rewriter.replace_argument(reader, source, node)
                 return
-        self._insert(source, spec, qconfig, qconfig.activation(), [reader])
+        self._insert(source, spec, qconfig, factory(), [reader])
 
     def _share(self, node: fx.Node, spec: QuantSpec, qconfig: QConfig) -> None:
         """Put the observer of the first input behind ``node`` and in place of the others."""
@@ -123,6 +143,22 @@ class _Work:
         for reader in readers:
             self.rewriter.replace_argument(reader, value, node)
         self.behind.setdefault(_observed_value(value), []).append((spec, node))
+
+
+def _activations(gm: QuantGraphModule, node: fx.Node) -> list[tuple[fx.Node, QuantSpec]]:
+    """What an op reads as integers; of a recurrent module the sequence, not the state."""
+    op, annotation = op_of(gm, node), record_of(node).annotation
+    if op is None or annotation is None or not op.kind.definition:
+        return external_inputs(gm, node)
+    spec = annotation.inputs[0]
+    return [(x, spec) for x in op.activations if spec is not None and is_float_tensor(gm, x)]
+
+
+def _weight_of_function(gm: QuantGraphModule, node: fx.Node) -> fx.Node | None:
+    """The read of the weight of ``F.linear`` and its like."""
+    op = op_of(gm, node)
+    weight = None if op is None or op.form is Form.MODULE else op.arguments.get("weight")
+    return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
 
 
 def _is_observer(node: fx.Node) -> bool:

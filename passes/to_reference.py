@@ -57,6 +57,7 @@ class ToReference(Pass):
         """Convert activations, then the values that share their parameters, then weights."""
         rewriter = GraphRewriter(gm, self.name)
         observers = [n for n in gm.graph.nodes if is_observer(n)]
+        _observe_weights(gm, observers)
         _warn_uncalibrated(gm, observers, context)
         parameters = _Parameters(rewriter, observers, context)
         for node in observers:
@@ -74,6 +75,23 @@ class ToReference(Pass):
 def is_observer(node: fx.Node) -> bool:
     """Whether ``node`` calls an observer that :class:`InsertObservers` inserted."""
     return node.op == "call_module" and str(node.target).startswith(OBSERVER_PREFIX)
+
+
+def _observe_weights(gm: QuantGraphModule, observers: list[fx.Node]) -> None:
+    """Let observers of weights in the graph look at the final weight, calibrated or not."""
+    for node in observers:
+        source = node.all_input_nodes[0]
+        if reads_weight(gm, node):
+            with torch.no_grad():
+                gm.get_submodule(str(node.target))(attribute(gm, str(source.target)))
+
+
+def reads_weight(gm: QuantGraphModule, node: fx.Node) -> bool:
+    """Whether ``node`` looks at a tensor of the module that an op reads as its weight."""
+    if node.all_input_nodes[0].op != "get_attr":
+        return False
+    ops = (op_of(gm, user) for user in node.users)
+    return any(op is not None and op.arguments.get("weight") is node for op in ops)
 
 
 def _warn_uncalibrated(
@@ -160,6 +178,15 @@ class _Parameters:
         low, high = self.context.target.saturation(qparams.spec)
         return scale, zero, replace(qparams.spec, quant_min=low, quant_max=high)
 
+    def of_weight(self, node: fx.Node) -> tuple[str, str, QuantSpec]:
+        """Buffer names and spec for a weight that is observed in the graph."""
+        observer = self.rewriter.gm.get_submodule(str(node.target))
+        if node not in self.made:
+            spec = spec_of_observer(observer)
+            scale, zero, _ = self._store(node, qparams_of(observer, spec))
+            self.made[node] = (scale, zero, spec)
+        return self.made[node]
+
 
 def _insert_pair(
     rewriter: GraphRewriter,
@@ -170,12 +197,13 @@ def _insert_pair(
 ) -> fx.Node:
     """Insert quantize and dequantize of ``value`` after ``after``; ``readers`` read the result."""
     scale_name, zero_name, spec = parameters
+    axis = () if spec.ch_axis is None else (spec.ch_axis,)
     following = after.next
     scale = rewriter.get_attr(scale_name, before=following, like=value)
     zero = rewriter.get_attr(zero_name, before=following, like=value)
     quantized = rewriter.call(
         QUANTIZE,
-        (value, scale, zero, spec.quant_min, spec.quant_max, spec.dtype),
+        (value, scale, zero, spec.quant_min, spec.quant_max, spec.dtype, *axis),
         before=following,
         like=value,
         name=f"{value.name}_quantize",
@@ -183,7 +211,7 @@ def _insert_pair(
     )
     dequantized = rewriter.call(
         DEQUANTIZE,
-        (quantized, scale, zero),
+        (quantized, scale, zero, *axis),
         before=following,
         like=value,
         name=f"{value.name}_dequantize",
@@ -196,16 +224,35 @@ def _insert_pair(
 def _replace_observer(rewriter: GraphRewriter, node: fx.Node, parameters: _Parameters) -> None:
     value = node.all_input_nodes[0]
     spec = spec_of_observer(rewriter.gm.get_submodule(str(node.target)))
-    if spec.is_dynamic:
+    if spec.is_float:
+        made = value
         # Kernels with float16 weights compute on float32 activations: nothing is rounded there.
-        made = value if spec.is_float else _insert_dynamic_pair(rewriter, node, spec)
-        rewriter.replace_uses(node, made)
-        rewriter.erase(node)
-        return
-    pair = parameters.of_observer(node)
-    dequantized = _insert_pair(rewriter, value, node, pair, [])
-    rewriter.replace_uses(node, dequantized)
+        if not spec.is_dynamic or parameters.context.target.rounds_half_inputs:
+            made = _insert_half_pair(rewriter, node)
+    elif spec.is_dynamic:
+        made = _insert_dynamic_pair(rewriter, node, _as_read(node, spec))
+    else:
+        of_weight = reads_weight(rewriter.gm, node)
+        pair = parameters.of_weight(node) if of_weight else parameters.of_observer(node)
+        made = _insert_pair(rewriter, value, node, pair, [])
+    rewriter.replace_uses(node, made)
     rewriter.erase(node)
+
+
+def _as_read(node: fx.Node, spec: QuantSpec) -> QuantSpec:
+    """``spec``, in the range of the kernels that read the integers at run time."""
+    annotations = (record_of(user).annotation for user in node.users)
+    specs = [s for a in annotations if a is not None for s in a.inputs if s is not None]
+    ends = [s.quant_max for s in specs if s.is_dynamic]
+    return replace(spec, quant_max=min((spec.quant_max, *ends)))
+
+
+def _insert_half_pair(rewriter: GraphRewriter, node: fx.Node) -> fx.Node:
+    """Round to float16, and read float32 again, before the observer ``node``."""
+    value = node.all_input_nodes[0]
+    half, whole = torch.float16, torch.float32
+    rounded = rewriter.call(TO_DTYPE, (value, half), before=node, like=value, dtype=half)
+    return rewriter.call(TO_DTYPE, (rounded, whole), before=node, like=value, dtype=whole)
 
 
 def _insert_dynamic_pair(rewriter: GraphRewriter, node: fx.Node, spec: QuantSpec) -> fx.Node:
@@ -247,6 +294,10 @@ def _quantize_moved(rewriter: GraphRewriter, node: fx.Node, parameters: _Paramet
     _insert_pair(rewriter, node, node, parameters.of_group(record.share_group), readers)
 
 
+def _is_dequantized(value: object) -> bool:
+    return isinstance(value, fx.Node) and value.target is DEQUANTIZE
+
+
 class _Weights:
     """Turns every annotated weight into integers and its op into a function call."""
 
@@ -269,6 +320,8 @@ class _Weights:
                 self._convert_recurrent(node, op, record.annotation)
 
     def _convert(self, node: fx.Node, op: Op, spec: QuantSpec) -> None:
+        if op.computes("weight"):
+            return  # observed in the graph, and quantized there
         path = op.constant_path("weight")
         assert path is not None
         weight = self._quantized(node, path, spec, "weight")
@@ -296,7 +349,8 @@ class _Weights:
         levels = None
         if not activation.is_float:
             levels = (activation.quant_min, dynamic_quant_max(activation))
-        given = {"weights": weights, "levels": levels}
+        rounded = levels is not None and _is_dequantized(op.arguments["input"])
+        given = {"weights": weights, "levels": levels, "rounded": rounded}
         arguments = {**op.arguments, **given}
         args = tuple(arguments[name] for name, _ in op.kind.signature)
         rewriter.retarget(node, op.kind.functions[0], args)

@@ -34,6 +34,7 @@ from fxquant.pass_manager import PassContext, Pipeline
 from fxquant.passes.propagate_qconfigs import subject
 from fxquant.passes.to_reference import is_observer
 from fxquant.pipelines import (
+    compat_folding_pipeline,
     compat_lowering_pipeline,
     compat_prepare_pipeline,
     compat_qat_prepare_pipeline,
@@ -241,6 +242,7 @@ def convert_fx(
         QConfigMismatchError: ``qconfig_mapping`` asks for something else than prepare did.
     """
     gm, context = _reference(graph_module, convert_custom_config, qconfig_mapping)
+    compat_folding_pipeline().run(gm, context)
     gm.update_state(reference=tuple(encode_graph(gm.graph)))
     compat_lowering_pipeline().run(gm, context)
     return _finished(gm, remove_qconfig=_remove_qconfig)

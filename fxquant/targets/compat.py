@@ -17,6 +17,8 @@ from fxquant.targets.table import Epilogue, OutputPolicy, Role, Row, Target
 from fxquant.targets.x86 import X86
 
 _RELU = {"relu": Epilogue.SATURATION}
+_HALF_RANGE = 127
+"""To which torch.ao quantizes at run time on x86, whatever the CPU."""
 _BEFORE_RELU = frozenset({f"conv{d}d" for d in (1, 2, 3)} | {"linear", "add", "mul", "batch_norm"})
 
 
@@ -27,6 +29,7 @@ def _always(row: Row) -> Row:
         output=OutputPolicy.ALWAYS,
         float_output=False,
         epilogues=_RELU if row.kind in _BEFORE_RELU else {},
+        dynamic_quant_max=_HALF_RANGE,
     )
 
 
@@ -101,7 +104,7 @@ def _with_scalar_rows(target: Target) -> Target:
 
 def compat_target(backend_config: BackendConfig) -> Target:
     """The table narrowed to what a backend config allows."""
-    whole = replace(X86, name="x86-compat", rows=_ROWS)
+    whole = replace(X86, name="x86-compat", rows=_ROWS, rounds_half_inputs=True)
     narrowed = restrict(whole, backend_config)
     both = {"add", "mul"} <= narrowed.rows.keys()
     return _with_scalar_rows(narrowed) if both else narrowed

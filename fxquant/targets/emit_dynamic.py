@@ -54,12 +54,23 @@ def _source(value: object) -> tuple[fx.Node, int] | None:
 
 
 def _half(value: object) -> fx.Node | None:
-    """The float16 weight behind a cast to float32."""
+    """The float16 value behind a cast to float32."""
     if isinstance(value, fx.Node) and value.target is TO_DTYPE:
         stored = value.args[0]
         assert isinstance(stored, fx.Node)
         return stored
     return None
+
+
+def _unrounded(value: object) -> object:
+    """The float value that a kernel reads, which rounds it itself or not at all."""
+    found = _source(value)
+    if found is not None:
+        return found[0]
+    half = _half(value)
+    if half is not None and half.target is TO_DTYPE:
+        return half.args[0]
+    return value
 
 
 def _reduce_range(site: Site, quant_max: int) -> bool:
@@ -124,7 +135,7 @@ def _emit_float16_linear(site: Site, half: fx.Node) -> str | None:
     node = lowering.emit(
         site,
         getattr(torch.ops.quantized, name).default,
-        (site.op.activations[0], packed),
+        (_unrounded(site.op.activations[0]), packed),
         f"quantized::{name} -> fp32",
     )
     finish(site, node, BYTES)
@@ -157,7 +168,7 @@ def emit_recurrent(site: Site) -> str | None:
         for first in range(0, len(weights), TENSORS_PER_LAYER)
     ]
     common = (
-        op.arguments["input"],
+        _unrounded(op.arguments["input"]),
         op.arguments["hx"],
         [_cell_parameters(site, group) for group in groups],
         _hidden_features(site, weights[1]),
@@ -180,7 +191,7 @@ def emit_cell(site: Site) -> str | None:
     target, kernel = _CELLS[op.name]
     packed = [_packed_linear(site, weights[i], weights[i + 2]) for i in (0, 1)]
     biases = [_bias_or_zeros(site, weights[i], weights[i + 2]) for i in (0, 1)]
-    args = (op.arguments["input"], op.arguments["hx"], *packed, *biases)
+    args = (_unrounded(op.arguments["input"]), op.arguments["hx"], *packed, *biases)
     args = (*args, _hidden_features(site, weights[1]))
     if op.name == "rnn_cell":
         args = (*args, op.arguments["nonlinearity"])

@@ -66,7 +66,7 @@ class Row:
         float_output: the kernel can write float32 without quantizing.
         dynamic: the kernel for activations that are quantized at run time; empty where there is
             none. It reads and writes float32, with an int8 or float16 weight.
-        dynamic_quant_max: the largest integer that kernel quantizes activations to.
+        dynamic_quant_max: the largest integer that activations are quantized to there.
         weight_only: the kernel for an integer weight and float activations, likewise.
         static: the op takes activations that were quantized by calibrated parameters.
         output: when the output is quantized.
@@ -126,6 +126,8 @@ class Target:
         engines: the engines whose kernels it may use, fastest first; empty for the fastest exact
             one of x86 for each form, and oneDNN's own operators.
         integer_biases: its kernels add the bias to the integer sum, so that it is rounded.
+        rounds_half_inputs: reference graphs round the inputs of ops with float16 weights to float16
+            too, as torch.ao's do; kernels read float32.
         select_kernel: ``(op, epilogues, *, integers)`` -> the kernel that will run a convolution or
             linear on this machine, whose sums the weights must not overflow.
         allow: the list of a backend config that the rows were narrowed to, if they were.
@@ -137,6 +139,7 @@ class Target:
     half_kinds: frozenset[str] = frozenset()
     engines: tuple[str, ...] = ()
     integer_biases: bool = False
+    rounds_half_inputs: bool = False
     select_kernel: Callable[..., KernelChoice] | None = None
     allow: AllowList | None = None
 
