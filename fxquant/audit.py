@@ -124,7 +124,7 @@ class AuditReport:
         if self.unknown_macs:
             lines.append(f"multiply-accumulates unknown: {_names(self.unknown_macs)}")
         calls = (
-            f"{sum(self.int8_calls.values())} int8 kernel calls and"
+            f"{sum(self.int8_calls.values())} quantized kernel calls and"
             f" {sum(self.float_calls.values())} float ones"
         )
         if self.confirmed is None:

@@ -232,6 +232,9 @@ class _Reader:
             wish = f"its qconfig asks for {_dtype(record.runs_in)} ({record.rule or 'none'})"
             planned = stage is Stage.PREPARED
             return (Runs.PLANNED if planned else _HALF[record.runs_in]), wish
+        if _half_weight(record) and (record.kernel or stage is not Stage.LOWERED):
+            wish = f"its weight is float16, its sums are float32 ({record.rule or 'none'})"
+            return (Runs.PLANNED if stage is Stage.PREPARED else Runs.FP16), wish
         if stage is Stage.LOWERED and record.kernel:
             return Runs.INT8, ""
         if stage is Stage.LOWERED or record.annotation is None:
@@ -393,6 +396,12 @@ NO_REASON: Final = (
 
 def _dtype(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _half_weight(record: NodeRecord) -> bool:
+    """Whether an op keeps its weight in half precision and its activations in FP32."""
+    annotation = record.annotation
+    return annotation is not None and annotation.weight is not None and annotation.weight.is_float
 
 
 def _short(spec: QuantSpec | None) -> str:

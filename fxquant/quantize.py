@@ -26,7 +26,7 @@ from fxquant.explain import explain
 from fxquant.graph_module import QuantGraphModule
 from fxquant.moments import SampleFlow, fill_statistics
 from fxquant.op_catalog import COMPUTE_KINDS
-from fxquant.op_rows import OpRow, Runs
+from fxquant.op_rows import HALF, OpRow, Runs
 from fxquant.qconfig import (
     QConfig,
     float16_dynamic_qconfig,
@@ -170,7 +170,7 @@ def quantize_dynamic(
     diagnostics = Diagnostics(strict=strict)
     prepared = prepare_fx(model, mapping, example_inputs, target=target, strict=strict)
     made = convert_fx(prepared, strict=strict)
-    if not any(row.runs in (Runs.INT8, Runs.EMULATED) for row in explain(made).rows):
+    if not any(row.runs in (Runs.INT8, Runs.EMULATED, *HALF) for row in explain(made).rows):
         wanted = ", ".join(sorted(map(_key_name, _dynamic_keys(qconfig_spec, dtype))))
         diagnostics.warn(
             f"quantize_dynamic quantized nothing: the model calls none of {wanted} that it could;"

@@ -381,7 +381,7 @@ def test_text() -> None:
     text = audit(converted()).to_text(80)
     assert "int8 coverage: 100.00 % of multiply-accumulates" in text
     assert "87.50 % of ops (7 of 8)" in text
-    assert "confirmed by the profiler: 3 int8 kernel calls and 0 float ones" in text
+    assert "confirmed by the profiler: 3 quantized kernel calls and 0 float ones" in text
     table = text.split("\n\n", 1)[1]
     assert max(map(len, table.splitlines())) <= 80
 

@@ -87,6 +87,7 @@ def test_float16(model: nn.Module) -> None:
     made = quiet(model, dtype=torch.float16)
     kernels = [record_of(n).kernel for n in made.graph.nodes if record_of(n).kernel]
     assert len(kernels) == len(INT8)
+    assert [row.name for row in explain(made).rows if row.runs is Runs.FP16] == INT8
     assert sum(b.dtype is torch.float16 for b in made.buffers()) == 12
     with torch.no_grad():
         assert float((made(TOKENS) - model(TOKENS)).abs().max()) < 1e-3

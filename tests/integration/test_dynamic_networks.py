@@ -60,9 +60,11 @@ def test_sentence_encoder(
     report = audit(made, example)
     assert report.confirmed
     if dtype is not torch.quint8:
-        assert report.mac_coverage > 0.98  # the rest are the products inside attention
-        left = {row.kind for row in report.fp32 if row.macs}
-        assert left == {"matmul"}
+        left = [row for row in report.fp32 if row.macs]
+        assert {row.kind for row in left} == {"matmul"}  # the products inside attention
+        rows = report.half if dtype is torch.float16 else report.int8
+        macs = sum(row.macs or 0 for row in rows)
+        assert macs > 0.98 * (macs + sum(row.macs or 0 for row in left))
 
 
 def test_every_dynamic_kernel_of_the_sentence_encoder_is_right(sentences: Sentences) -> None:
