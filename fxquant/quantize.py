@@ -14,6 +14,7 @@ from torch import nn
 from fxquant.audit import audit
 from fxquant.calibration import Forward, calibrate
 from fxquant.capture import capture
+from fxquant.data_free import estimate
 from fxquant.errors import (
     CalibrationError,
     CalibrationWarning,
@@ -24,7 +25,6 @@ from fxquant.errors import (
 )
 from fxquant.explain import explain
 from fxquant.graph_module import QuantGraphModule
-from fxquant.moments import SampleFlow, fill_statistics
 from fxquant.op_catalog import COMPUTE_KINDS
 from fxquant.op_rows import HALF, OpRow, Runs
 from fxquant.qconfig import (
@@ -36,7 +36,6 @@ from fxquant.qconfig import (
 )
 from fxquant.qconfig_mapping import ObjectType, QConfigMapping, with_default_types
 from fxquant.quantize_fx import convert_fx, prepare_fx
-from fxquant.shapes import record_shapes
 
 DATA_FREE_COST = (
     "0 to 3 points of top-1, and 12 where batch-norms were folded away before (docs/quantize.md)"
@@ -64,8 +63,8 @@ def quantize(
     Args:
         model: a module in evaluation mode. It is not touched.
         data: calibration batches, fed as :func:`fxquant.calibrate` says; a few hundred inputs do.
-            ``None`` goes without: ranges come from batch-norm statistics and from what the ops
-            imply, for inputs of the given mean and deviation. A warning says what that costs.
+            ``None`` goes without: ranges come from batch-norms and from made-up inputs of the given
+            mean and deviation (see :mod:`fxquant.synthetic`). A warning says what that costs.
         qconfig_mapping: see :func:`fxquant.prepare_fx`.
         example_inputs: needed where ``data`` is ``None`` or ``forward`` is given; else the first
             batch serves.
@@ -231,7 +230,7 @@ def estimate_ranges(
     deviation: float,
     diagnostics: Diagnostics,
 ) -> None:
-    """Fill the observers of ``prepared`` from statistics of ``model`` instead of data.
+    """Fill the observers of ``prepared`` from made-up inputs and batch-norms instead of data.
 
     Args:
         prepared: what ``prepare_fx`` made of ``model``; its observers are filled.
@@ -240,17 +239,23 @@ def estimate_ranges(
         mean: of the inputs.
         deviation: of the inputs.
         diagnostics: takes the warning that says what was done and what it costs.
+
+    Raises:
+        CalibrationError: the model does not run on inputs made up like the example inputs.
     """
     quiet = Diagnostics(silent=True)  # prepare_fx has said everything about the trace already
     graph = capture(model, quiet, example_inputs, share=True)
-    record_shapes(graph, example_inputs, quiet)
-    flow = SampleFlow(graph, mean=mean, deviation=deviation)
-    blind = fill_statistics(prepared, flow.run())
-    guessed = f"; guessed for {', '.join(map(repr, flow.unknown[:5]))}" if flow.unknown else ""
-    unseen = f"; unknown for {', '.join(map(repr, blind[:5]))}" if blind else ""
+    found = estimate(prepared, graph, example_inputs, mean=mean, deviation=deviation)
+    statistics = (
+        f"; the running statistics of {', '.join(map(repr, found.unnormalized[:5]))} were used, as"
+        " they see one value per channel"
+        if found.unnormalized
+        else ""
+    )
+    unseen = f"; unknown for {', '.join(map(repr, found.blind[:5]))}" if found.blind else ""
     diagnostics.warn(
-        "quantized without data: activation ranges come from batch-norm statistics and from what"
-        f" the ops imply, for inputs of mean {mean:g} and deviation {deviation:g}{guessed}{unseen}."
+        "quantized without data: activation ranges come from batch-norms and made-up inputs of mean"
+        f" {mean:g} and deviation {deviation:g}{statistics}{unseen}."
         f" On the zoo's models this costs {DATA_FREE_COST}; pass calibration data to do better",
         CalibrationWarning,
     )
