@@ -26,6 +26,21 @@ def value_users(node: fx.Node) -> list[fx.Node]:
     return [user for user in node.users if not reads_only_shape(user)]
 
 
+def is_number(node: fx.Node) -> bool:
+    """Whether ``node`` gives a number, a size or a tuple of them, and no tensor.
+
+    With value records this is known; without them, sizes and what is computed from them are.
+    """
+    record = record_of(node)
+    if record.has_value:
+        values = record.value if isinstance(record.value, tuple) else (record.value,)
+        return not any(isinstance(value, TensorRecord) for value in values)
+    if reads_only_shape(node):
+        return True
+    sources = node.all_input_nodes
+    return node.op == "call_function" and bool(sources) and all(map(is_number, sources))
+
+
 def is_float_tensor(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether ``node`` gives one floating-point tensor.
 

@@ -46,7 +46,9 @@ class Lower(Pass):
             site = _site_ending_at(gm, node, groups, lowering)
             if site is None:
                 continue
-            reason = EMITTERS[site.op.name](site)
+            row = context.target.row_of(site.op)
+            refusal = None if row is None else row.kernel_refusal(site.op)
+            reason = refusal or EMITTERS[site.op.name](site)
             if reason is not None:
                 add_reason(site.op.node, f"not lowered: {reason}")
                 refusals.append(Refusal(node=site.op.node.name, reason=reason))

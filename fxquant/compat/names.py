@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fxquant.errors import UnsupportedBackendError
 from fxquant.fake_quantize import (
     FakeQuantize,
-    default_fake_quant,
     default_per_channel_weight_fake_quant,
     default_weight_fake_quant,
 )
+from fxquant.fake_quantize import default_fake_quant as _own_fake_quant
 from fxquant.observers import (
     MinMaxObserver,
     MovingAverageMinMaxObserver,
     TorchHistogramObserver,
+    default_per_channel_weight_observer,
+    default_weight_observer,
 )
+from fxquant.observers import default_observer as _own_observer
 from fxquant.qconfig import BackendDefaults, QConfig, backend_defaults
 from fxquant.qconfig_mapping import (
     QConfigMapping,
@@ -31,8 +33,19 @@ from fxquant.qconfig_mapping import (
 )
 
 HistogramObserver = TorchHistogramObserver
-default_histogram_observer = TorchHistogramObserver.with_args(dtype=torch.uint8)
+default_observer = _own_observer.with_args(quant_min=0, quant_max=127)
+default_fake_quant = _own_fake_quant.with_args(quant_min=0, quant_max=127)
+default_histogram_observer = TorchHistogramObserver.with_args(quant_min=0, quant_max=127)
 default_histogram_fake_quant = default_fake_quant.with_args(observer=TorchHistogramObserver)
+default_qconfig = QConfig(activation=default_observer, weight=default_weight_observer)
+default_per_channel_qconfig = QConfig(
+    activation=default_observer, weight=default_per_channel_weight_observer
+)
+default_qat_qconfig = QConfig(activation=default_fake_quant, weight=default_weight_fake_quant)
+default_per_channel_qat_qconfig = QConfig(
+    activation=default_fake_quant, weight=default_per_channel_weight_fake_quant
+)
+default_activation_only_qconfig = QConfig(activation=default_fake_quant, weight=nn.Identity)
 default_quint8_weight_qconfig = QConfig(activation=TorchHistogramObserver, weight=MinMaxObserver)
 
 

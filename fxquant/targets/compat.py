@@ -12,7 +12,6 @@ from fxquant.backend_config import BackendConfig
 from fxquant.op_view import Op
 from fxquant.targets.allow_list import restrict
 from fxquant.targets.compat_config import compat_backend_config
-from fxquant.targets.guards import tensor_operands
 from fxquant.targets.table import Epilogue, OutputPolicy, Role, Row, Target
 from fxquant.targets.x86 import X86
 
@@ -23,9 +22,11 @@ _BEFORE_RELU = frozenset({f"conv{d}d" for d in (1, 2, 3)} | {"linear", "add", "m
 
 
 def _always(row: Row) -> Row:
-    """A row of ``x86`` that is quantized wherever it has a qconfig."""
+    """A row of ``x86`` that is quantized wherever it has a qconfig, whatever its kernel takes."""
     return replace(
         row,
+        guards=() if row.static else row.guards,
+        kernel_guards=row.guards if row.static else (),
         output=OutputPolicy.ALWAYS,
         float_output=False,
         epilogues=_RELU if row.kind in _BEFORE_RELU else {},
@@ -33,13 +34,13 @@ def _always(row: Row) -> Row:
     )
 
 
-def _unary(kind: str, kernel: str, *guards: object) -> Row:
+def _unary(kind: str, kernel: str, *kernel_guards: object) -> Row:
     return Row(
         kind=kind,
         role=Role.COMPUTE,
         kernel=kernel,
         output=OutputPolicy.ALWAYS,
-        guards=guards,  # type: ignore[arg-type]  # forwarded as given
+        kernel_guards=kernel_guards,  # type: ignore[arg-type]  # forwarded as given
     )
 
 
@@ -97,7 +98,7 @@ def _with_scalar_rows(target: Target) -> Target:
             kind=f"{kind}_scalar",
             role=Role.SHARES,
             kernel=f"quantized::{kind}.Scalar",
-            guards=tuple(guard for guard in two.guards if guard is not tensor_operands),
+            kernel_guards=(),
         )
     return replace(target, rows=rows)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxquant.dataflow import is_surely_float_tensor
 from fxquant.metadata import TensorRecord, record_of, shape_of
 from fxquant.op_view import Form, Op, attribute
 from fxquant.operators import DEQUANTIZE
@@ -165,6 +166,17 @@ def tensor_operands(op: Op) -> str | None:
             return f"operand {value.name!r} is no floating-point tensor"
     if op.arguments.get("alpha", 1) != 1:
         return f"alpha={op.arguments['alpha']}: the int8 kernel adds without a factor"
+    return None
+
+
+def surely_floats(op: Op) -> str | None:
+    """Operands that without example inputs might be numbers as well."""
+    for source in op.activations:
+        if not is_surely_float_tensor(op.owner, source):
+            return (
+                f"{source.name!r} may be something else than a float tensor, which example inputs"
+                " would tell"
+            )
     return None
 
 

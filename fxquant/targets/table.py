@@ -5,13 +5,14 @@ A target is data. Passes read rows; they hold no list of ops and no mode flag of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
 import torch
 
+from fxquant.dataflow import is_number
 from fxquant.op_view import Op
 from fxquant.pairing import KernelChoice
 from fxquant.qconfig import QConfig
@@ -73,6 +74,8 @@ class Row:
         worth_alone: a sharing op that pays in int8 even where nobody reads integers after it.
         epilogues: activation kind -> how it is run when fused behind this op.
         guards: each gives a reason to leave this call in FP32, or ``None``.
+        kernel_guards: each gives a reason why the kernel does not serve this call, or ``None``: it
+            is quantized all the same, and runs between dequantize and quantize.
         qconfig_guards: each gives a reason why a qconfig is not served for a call, or ``None``.
         reason: for ``Role.FLOAT``: why, with the measurement.
     """
@@ -93,24 +96,25 @@ class Row:
     worth_alone: bool = False
     epilogues: Mapping[str, Epilogue] = field(default_factory=dict)
     guards: tuple[Callable[[Op], str | None], ...] = ()
+    kernel_guards: tuple[Callable[[Op], str | None], ...] = ()
     qconfig_guards: tuple[Callable[[Op, QConfig], str | None], ...] = ()
     reason: str = ""
 
     def refusal(self, op: Op) -> str | None:
         """The first reason why this row does not serve ``op``, or ``None``."""
-        for guard in self.guards:
-            reason = guard(op)
-            if reason is not None:
-                return reason
-        return None
+        return _first(guard(op) for guard in self.guards)
+
+    def kernel_refusal(self, op: Op) -> str | None:
+        """The first reason why its kernel does not serve ``op``, or ``None``."""
+        return _first(guard(op) for guard in self.kernel_guards)
 
     def misfit(self, op: Op, qconfig: QConfig) -> str | None:
         """The first reason why ``qconfig`` is not served for ``op``, or ``None``."""
-        for guard in self.qconfig_guards:
-            reason = guard(op, qconfig)
-            if reason is not None:
-                return reason
-        return None
+        return _first(guard(op, qconfig) for guard in self.qconfig_guards)
+
+
+def _first(reasons: Iterable[str | None]) -> str | None:
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +165,8 @@ class Target:
 
     def row_of(self, op: Op) -> Row | None:
         """The row of a call: that of ``add_scalar`` for ``x + 2`` where there is one."""
-        if len(op.kind.activations) == 2 and len(op.activations) == 1:
+        tensors = [value for value in op.activations if not is_number(value)]
+        if len(op.kind.activations) == 2 and len(tensors) == 1:
             scalar = self.rows.get(f"{op.name}_scalar")
             if scalar is not None:
                 return scalar

@@ -19,6 +19,7 @@ from fxquant.targets.guards import (
     no_indices,
     no_wrong_fast_path,
     resizes_by_integers,
+    surely_floats,
     tensor_operands,
     zero_constant_padding,
     zero_padding_mode,
@@ -79,7 +80,7 @@ def _binary(kind: str) -> Row:
         role=Role.COMPUTE,
         kernel=f"quantized::{kind}",
         epilogues=_SATURATION,
-        guards=(tensor_operands,),
+        guards=(tensor_operands, surely_floats),
     )
 
 
@@ -190,7 +191,7 @@ ROWS: tuple[Row, ...] = (
     ),
     _shares("stack", "aten::stack on bytes"),
     *(
-        _shares(kind, f"aten::{kind} on int8")
+        _shares(kind, f"aten::{kind} on int8", guards=(surely_floats,) if kind == "slice" else ())
         for kind in (
             "flatten",
             "reshape",

@@ -14,7 +14,6 @@ from fxquant.compat import (
     convert_fx,
     convert_to_reference_fx,
     default_dynamic_qconfig,
-    default_per_channel_qconfig,
     float16_dynamic_qconfig,
     prepare_fx,
 )
@@ -22,7 +21,7 @@ from fxquant.graph_module import QuantGraphModule
 from fxquant.operators import QUANTIZE
 from fxquant.pass_manager import PassResult, fingerprint
 from fxquant.passes.fold_weights import FoldWeights
-from fxquant.qconfig import QConfig
+from fxquant.qconfig import QConfig, default_per_channel_qconfig
 from tests.passes.helpers import graph_text, run_alone
 
 X = torch.randn(3, 5, generator=torch.Generator().manual_seed(2))
