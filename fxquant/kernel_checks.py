@@ -12,6 +12,7 @@ boundary between two integers. A kernel may break a tie another way; anything el
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxquant.dynamic_checks import dynamic_checks
 from fxquant.engine_free import add, add_relu, avg_pool2d, clamp
 from fxquant.engines import available, consume_deprecation_warning
 from fxquant.kernels import as_bytes, as_quantized
@@ -119,7 +121,8 @@ def check_kernels(engines: tuple[str, ...] = ()) -> tuple[KernelCheck, ...]:
     consume_deprecation_warning()
     found = []
     layers = _layers_of(engines) if engines else _layers()
-    for kernel, run in itertools.chain(layers, _elementwise(), _movers()):
+    dynamic = () if engines else _dynamic()
+    for kernel, run in itertools.chain(layers, _elementwise(), _movers(), dynamic):
         tally = _Tally()
         absent = False
         try:
@@ -137,6 +140,15 @@ def check_kernels(engines: tuple[str, ...] = ()) -> tuple[KernelCheck, ...]:
             )
         )
     return tuple(found)
+
+
+def _dynamic() -> Iterator[tuple[str, _Check]]:
+    for kernel, run in dynamic_checks():
+        yield kernel, functools.partial(_run_floats, run)
+
+
+def _run_floats(run: Callable[[Callable[[Tensor, Tensor], None]], None], tally: _Tally) -> None:
+    run(tally.floats)
 
 
 class _AbsentError(Exception):
