@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fxquant.kernel_probe import dynamic_quant_max, exact_engine
 from fxquant.kernels import embedding, embedding_bag
-from fxquant.packing import pack_float16_linear, pack_linear, pack_table
+from fxquant.packing import pack_float16_linear, pack_linear
+from fxquant.script_kernels import pack_table
 from fxquant.specs import QuantSpec
 
 _INPUTS: Final = 64
