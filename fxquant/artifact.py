@@ -33,7 +33,9 @@ from fxquant.op_view import attribute
 from fxquant.pass_manager import PassContext, run_pass
 from fxquant.passes.inline_modules import InlineModules
 from fxquant.passes.to_reference import is_observer
+from fxquant.passes.train_weights import is_weight_path
 from fxquant.pipelines import lowering_pipeline
+from fxquant.qat_modules import QatModule
 from fxquant.targets.registry import target_here, target_named
 
 FORMAT = 1
@@ -211,6 +213,12 @@ def _channels_last(nodes: Iterable[EncodedNode], source: QuantGraphModule) -> li
 
 
 def _describe(node: EncodedNode, module: nn.Module) -> dict[str, Any]:
+    if isinstance(module, QatModule) or is_weight_path(node.target):
+        raise ArtifactError(
+            f"module {node.target!r} ({type(module).__name__}) trains, and a model file holds no"
+            " training. Save prepared.state_dict() and load it into what prepare_qat_fx gives, or"
+            " save the result of convert_fx"
+        )
     if isinstance(module, ChannelMean):
         return {"kind": "ChannelMean", "axis": module.axis}
     if node.record.qconfig is not None and is_observer_path(node.target):

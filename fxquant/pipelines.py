@@ -28,6 +28,7 @@ from fxquant.passes.propagate_qconfigs import PropagateQConfigs
 from fxquant.passes.recognize_channel_shuffle import RecognizeChannelShuffle
 from fxquant.passes.remove_identities import WITHOUT_GRADIENT, RemoveIdentities
 from fxquant.passes.round_biases import RoundBiases
+from fxquant.passes.round_joined import RoundJoined
 from fxquant.passes.share_parameters import ShareParameters
 from fxquant.passes.take_pieces import TakePieces
 from fxquant.passes.to_reference import ToReference
@@ -99,6 +100,7 @@ def qat_prepare_pipeline(mapping: QConfigMapping, known_paths: tuple[str, ...]) 
             Annotate(),  # specs from qconfig and op table
             ShareParameters(),  # which tensors have one range
             InsertObservers(),  # the qconfigs' fake quantizers
+            RoundJoined(),  # int8 has one range for what is joined
             TrainWeights(),  # of what is annotated, the weights
         ),
     )

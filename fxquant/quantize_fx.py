@@ -25,7 +25,7 @@ from fxquant.errors import (
 from fxquant.graph_codec import encode_graph
 from fxquant.graph_module import QuantGraphModule, Stage
 from fxquant.ledger import build_ledger
-from fxquant.op_view import op_of
+from fxquant.op_view import Form, op_of
 from fxquant.pass_manager import PassContext, Pipeline
 from fxquant.pipelines import (
     fuse_pipeline,
@@ -185,7 +185,9 @@ def _prepare(
     gm.update_state(target=chosen.name, ledger=build_ledger(gm))
     table = while_training(chosen) if call.trains else chosen
     pipeline.run(gm, PassContext(target=table, diagnostics=diagnostics))
-    if not call.trains:
+    if call.trains:
+        _warn_of_fixed_modes(gm, diagnostics)
+    else:
         take_apart(gm, model)
         if model.training:
             _warn_of_dropout(gm, diagnostics)
@@ -274,6 +276,23 @@ def _warn_of_dropout(gm: QuantGraphModule, diagnostics: Diagnostics) -> None:
             f"{len(random)} op(s) drop values at random because the model is in training mode"
             f" ({', '.join(map(repr, random[:5]))}), and the converted model will go on doing so."
             " Call model.eval() before",
+            ConfigWarning,
+        )
+
+
+def _warn_of_fixed_modes(gm: QuantGraphModule, diagnostics: Diagnostics) -> None:
+    """Say which functions were traced with ``training=True``, which nothing changes any more."""
+    fixed = [
+        op.node.name
+        for op in (op_of(gm, node) for node in gm.graph.nodes)
+        if op is not None and op.form is Form.FUNCTION and op.arguments.get("training") is True
+    ]
+    if fixed:
+        diagnostics.warn(
+            f"{len(fixed)} function call(s) were traced with training=True"
+            f" ({', '.join(map(repr, fixed[:5]))}) and will go on training after model.eval() and"
+            " convert_fx. Use the modules (nn.Dropout, nn.BatchNorm2d, ...), or prepare the model"
+            " in evaluation mode and call .train() on the result",
             ConfigWarning,
         )
 

@@ -123,7 +123,12 @@ def _round_in_graph(rewriter: GraphRewriter, op: Op, made: nn.Module, qconfig: Q
 
 def is_weight_observer(node: fx.Node) -> bool:
     """Whether ``node`` calls what :class:`TrainWeights` put behind a weight."""
-    return node.op == "call_module" and str(node.target).startswith(WEIGHT_PREFIX)
+    return node.op == "call_module" and is_weight_path(str(node.target))
+
+
+def is_weight_path(path: str) -> bool:
+    """Whether what is at ``path`` was put there by :class:`TrainWeights`."""
+    return path.startswith(WEIGHT_PREFIX)
 
 
 def _why_unrounded(gm: QuantGraphModule, names: list[str]) -> str:

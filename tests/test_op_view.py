@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from fxquant.op_catalog import KIND_BY_FUNCTION, KIND_BY_METHOD, KIND_BY_MODULE, KINDS
 from fxquant.op_view import Form, Op, attribute, is_inplace, kind_of, op_of, type_name, type_of
+from fxquant.qat_modules import FLOAT_BY_QAT, QatBatchNormed, training_form
 
 Function = Callable[..., Any]
 
@@ -382,7 +383,11 @@ def test_further_arguments_of_a_module_are_no_constants_and_no_attributes() -> N
 @pytest.mark.parametrize("module", sorted(KIND_BY_MODULE, key=lambda m: m.__name__))
 def test_every_module_of_the_catalogue_binds(module: type[nn.Module]) -> None:
     """Its attributes exist, and all parameters but constants have a value."""
-    made = module(*MADE.get(module, ()))
+    plain = FLOAT_BY_QAT.get(module, module)
+    made = plain(*MADE.get(plain, ()))
+    if plain is not module:
+        made = training_form(made, nn.Identity() if issubclass(module, QatBatchNormed) else None)
+        assert type(made) is module
     graph = fx.Graph()
     x = graph.placeholder("x")
     inputs = (x, x) if module is nn.Bilinear else (x,)

@@ -8,10 +8,12 @@ from pathlib import Path
 from fxquant.pipelines import (
     compat_lowering_pipeline,
     compat_prepare_pipeline,
+    compat_qat_prepare_pipeline,
     compat_reference_pipeline,
     fuse_pipeline,
     lowering_pipeline,
     prepare_pipeline,
+    qat_prepare_pipeline,
     reference_pipeline,
 )
 from fxquant.qconfig_mapping import QConfigMapping
@@ -24,9 +26,11 @@ def test_every_pass_has_its_file_and_its_entry() -> None:
     pipelines = (
         fuse_pipeline(),
         prepare_pipeline(QConfigMapping(), ()),
+        qat_prepare_pipeline(QConfigMapping(), ()),
         reference_pipeline(),
         lowering_pipeline(),
         compat_prepare_pipeline(QConfigMapping(), ()),
+        compat_qat_prepare_pipeline(QConfigMapping(), ()),
         compat_reference_pipeline(),
         compat_lowering_pipeline(),
     )
