@@ -44,6 +44,7 @@ from fxquant.models_zoo.torchvision_models import (
     realistic_biased_layers,
     realistic_bn_statistics,
     realistic_layer_scales,
+    realistic_residual_gains,
     resized,
     side_of,
 )
@@ -344,6 +345,7 @@ def _labelled_photographs(data_dir: DataDir) -> Path | None:
 def _make_realistic(model: nn.Module, inputs: Sequence[Tensor]) -> None:
     """Give a fresh model, in place, the scales and statistics that training would leave."""
     realistic_layer_scales(model)
+    realistic_residual_gains(model)
     with realistic_biased_layers(model):
         realistic_bn_statistics(model, inputs)
 

@@ -24,6 +24,7 @@ from fxquant.models_zoo.torchvision_models import (
     realistic_biased_layers,
     realistic_bn_statistics,
     realistic_layer_scales,
+    realistic_residual_gains,
     seeded_images,
     side_of,
 )
@@ -219,6 +220,21 @@ def test_seeded_logits_differ_from_picture_to_picture(name: str) -> None:
     logits = few.fp32_logits
     constant = logits.mean(0).square().sum() / logits.square().sum(1).mean()
     assert constant < 0.4
+
+
+@needs_torchvision
+def test_residual_branches_are_small_against_their_shortcuts() -> None:
+    model = import_torchvision().models.resnet18(weights=None).eval()
+    realistic_residual_gains(model)
+    gains = {
+        name: float(module.weight[0].detach())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.BatchNorm2d)
+    }
+    small = {name for name, gain in gains.items() if gain != 1}
+    # the first block of layers 2 to 4 has a convolution in its shortcut
+    assert small == {f"layer{i}.{j}.bn2" for i in (1, 2, 3, 4) for j in (0, 1) if i == 1 or j == 1}
+    assert {gains[name] for name in small} == {0.25}
 
 
 def test_biased_layers_give_standardized_outputs() -> None:
