@@ -247,6 +247,7 @@ def test_batch_norms_of_all_kinds_are_handled() -> None:
 # -- switches -------------------------------------------------------------------------------------
 
 
+@pytest.mark.statement("S10.3a")
 @BOTH
 @pytest.mark.parametrize("scripted", [False, True])
 def test_switches_reach_every_fake_quantizer(profile: str, scripted: bool) -> None:
@@ -284,6 +285,7 @@ def test_a_scripted_model_trains_alike(profile: str) -> None:
     assert train(torch.jit.script(prepared), 3) == train(other, 3)
 
 
+@pytest.mark.statement("S10.3a")
 def test_a_scripted_model_shows_its_fake_quantizers() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -348,6 +350,7 @@ def test_a_file_holds_the_result_not_the_training(tmp_path: Path) -> None:
 # -- configurations -------------------------------------------------------------------------------
 
 
+@pytest.mark.statement("S10.3b")
 def test_fake_quantize_classes_train_alike() -> None:
     results = []
     for kind in (FakeQuantize, FusedMovingAvgObsFakeQuantize):
@@ -443,6 +446,7 @@ def test_tables(table: nn.Module, qconfig: QConfig, levels: int) -> None:
         torch.testing.assert_close(int8(ids), expected, rtol=0, atol=bound)
 
 
+@pytest.mark.statement("S8.5b")
 def test_a_table_with_a_wrong_qconfig() -> None:
     model = nn.Sequential(nn.Embedding(10, 4)).train()
     mapping = get_default_qat_qconfig_mapping("x86")
@@ -453,6 +457,7 @@ def test_a_table_with_a_wrong_qconfig() -> None:
     assert type(prepare_qat_fx(model, mapping, ids).get_submodule("0")) is nn.Embedding
 
 
+@pytest.mark.statement("S4.2b")
 def test_transposed_convolutions_train_fused_but_in_compat() -> None:
     model = nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.BatchNorm2d(4)).train()
     words = r"Fusing ConvTranspose\+BatchNorm not yet supported in QAT\."
@@ -464,6 +469,18 @@ def test_transposed_convolutions_train_fused_but_in_compat() -> None:
     expected = prepared.eval()(IMAGES)
     bound = float(expected.abs().max().detach()) / 50
     torch.testing.assert_close(convert_fx(prepared)(IMAGES), expected, rtol=0, atol=bound)
+
+
+@pytest.mark.statement("S2.1a")
+def test_what_is_listed_as_non_traceable_stays_as_it_is() -> None:
+    model = seeded_net()
+    model.add_module("conv", nn.Sequential(model.conv))
+    custom = compat.PrepareCustomConfig().set_non_traceable_module_names(["conv"])
+    mapping = compat.get_default_qat_qconfig_mapping("onednn")
+    prepared = compat.prepare_qat_fx(model, mapping, (IMAGES,), custom)
+    assert type(prepared.get_submodule("conv.0")) is nn.Conv2d
+    prepared(IMAGES)
+    assert type(compat.convert_fx(prepared).get_submodule("conv.0")) is nn.Conv2d
 
 
 # -- what is told ---------------------------------------------------------------------------------

@@ -270,6 +270,7 @@ def unfused_mapping(names: Any) -> Any:
     return names.get_default_qat_qconfig_mapping("x86", 0)
 
 
+@pytest.mark.statement("S4.2a")
 @pytest.mark.parametrize("own", [True, False], ids=["own qconfigs", "torch.ao's"])
 @pytest.mark.parametrize("name", CASES)
 def test_training_is_the_same(name: str, own: bool) -> None:
