@@ -25,6 +25,11 @@ def as_quantized(x: Tensor, scale: float, zero_point: int) -> Tensor:
     return torch._make_per_tensor_quantized_tensor(x, scale, zero_point)
 
 
+def to_quantized(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """A quantized tensor of integers, with parameters that are tensors themselves."""
+    return torch._make_per_tensor_quantized_tensor(x, float(scale), int(zero_point))
+
+
 def accumulator(other: Tensor, x: Tensor) -> Tensor:
     """``other`` as a sum's accumulator: in channels_last, for every image of ``x``; else a copy."""
     expanded = other.expand(x.shape[0], -1, -1, -1)  # no copy, and nothing where it has them all

@@ -20,6 +20,9 @@ from fxquant.operators import DEQUANTIZE
 from fxquant.packing import PACKERS, scalar
 from fxquant.rewriter import GraphRewriter
 
+DEQUANTIZING = (DEQUANTIZE, torch.dequantize)
+"""How a reference graph reads the float value of integers, and of a quantized tensor."""
+
 
 class Representation(Enum):
     """How an int8 value is held between kernels."""
@@ -44,16 +47,27 @@ class IntValue:
     Attributes:
         node: what computes it.
         representation: how it is held.
-        scale: name of the 0-d scale buffer.
-        zero_point: name of the 0-d zero-point buffer.
+        scale: name of the 0-d scale buffer; the node that asks a tensor for it where only that
+            knows it.
+        zero_point: the same for the zero point.
         root: the node that allocated its memory.
     """
 
     node: fx.Node
     representation: Representation
-    scale: str
-    zero_point: str
+    scale: str | fx.Node
+    zero_point: str | fx.Node
     root: fx.Node
+
+    @property
+    def bound_scale(self) -> Bound | fx.Node:
+        """The scale as an argument of a kernel."""
+        return Bound(self.scale) if isinstance(self.scale, str) else self.scale
+
+    @property
+    def bound_zero_point(self) -> Bound | fx.Node:
+        """The zero point as an argument of a kernel."""
+        return Bound(self.zero_point) if isinstance(self.zero_point, str) else self.zero_point
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +109,7 @@ class Site:
 
     def integers(self, argument: object) -> IntValue | None:
         """The int8 value behind a dequantized argument, or ``None`` for a float one."""
-        if not isinstance(argument, fx.Node) or argument.target is not DEQUANTIZE:
+        if not isinstance(argument, fx.Node) or argument.target not in DEQUANTIZING:
             return None
         return self.lowering.values.get(argument.args[0])
 
@@ -239,6 +253,21 @@ class Lowering:
             root=root or node,
         )
 
+    def describing_itself(self, node: fx.Node) -> IntValue:
+        """``node`` as a value whose parameters only the tensor itself knows, when it runs."""
+        ask = (torch.q_scale, torch.q_zero_point)
+        scale, zero_point = (
+            self.rewriter.call(question, (node,), after=node, like=node, value=None, has_value=True)
+            for question in ask
+        )
+        return IntValue(
+            node=node,
+            representation=Representation.QUANTIZED,
+            scale=scale,
+            zero_point=zero_point,
+            root=node,
+        )
+
     def within(
         self,
         quantize: fx.Node,
@@ -287,7 +316,7 @@ class Lowering:
             else:
                 made = self.call(
                     as_quantized,
-                    (value.node, Bound(value.scale), Bound(value.zero_point)),
+                    (value.node, value.bound_scale, value.bound_zero_point),
                     at=following,
                     like=value.node,
                     dtype=torch.uint8,
@@ -302,7 +331,7 @@ class Lowering:
             if other.root is not value.root or not isinstance(quantize, fx.Node):
                 continue
             for user in quantize.users:
-                readers = user.users if user.target is DEQUANTIZE else [user]
+                readers = user.users if user.target in DEQUANTIZING else [user]
                 for reader in readers:
                     if reads_only_shape(reader):
                         continue

@@ -16,6 +16,7 @@ from fxquant.collectors import (
     PerChannelMinMaxCollector,
 )
 from fxquant.errors import NonFiniteStatisticError
+from fxquant.observers import FixedQParamsObserver
 from fxquant.qconfig import QConfig, spec_of
 from fxquant.range_rules import MinMaxRule
 from fxquant.slices import all_finite
@@ -98,6 +99,23 @@ def unite(observers: list[nn.Module]) -> QParams:
         lows.append((q.spec.quant_min - q.zero_point).to(torch.float32) * q.scale)
         highs.append((q.spec.quant_max - q.zero_point).to(torch.float32) * q.scale)
     return choose_qparams(torch.stack(lows).amin(0), torch.stack(highs).amax(0), spec)
+
+
+def united_observer(observers: list[nn.Module]) -> nn.Module:
+    """One observer for tensors that are quantized by one module: of the union of what they saw."""
+    distinct = list({id(observer): observer for observer in observers}.values())
+    if len(distinct) == 1 or not any(map(was_observed, distinct)):
+        return distinct[0]
+    qparams = unite(distinct)
+    spec = qparams.spec
+    return FixedQParamsObserver(
+        scale=float(qparams.scale),
+        zero_point=int(qparams.zero_point),
+        dtype=spec.dtype,
+        qscheme=spec.qscheme,
+        quant_min=spec.quant_min,
+        quant_max=spec.quant_max,
+    )
 
 
 def weight_qparams(weight: Tensor, spec: QuantSpec, qconfig: QConfig, name: str) -> QParams:

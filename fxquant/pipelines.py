@@ -8,7 +8,9 @@ from fxquant.passes.annotate import Annotate
 from fxquant.passes.annotate_half import AnnotateHalf
 from fxquant.passes.cancel_quantize import CancelQuantize
 from fxquant.passes.cast_half import CastHalf
+from fxquant.passes.convert_nested import ConvertNested
 from fxquant.passes.correct_bias import CorrectBias
+from fxquant.passes.exchange_quantized import ExchangeQuantized
 from fxquant.passes.fit_weights import FitWeights
 from fxquant.passes.fold_batch_norm import FoldBatchNorm, folded_as_torch
 from fxquant.passes.fold_channel_scale import FoldChannelScale
@@ -23,6 +25,8 @@ from fxquant.passes.insert_channel_means import InsertChannelMeans
 from fxquant.passes.insert_observers import InsertObservers
 from fxquant.passes.insert_shared_observers import InsertSharedObservers
 from fxquant.passes.lower import Lower
+from fxquant.passes.mark_boundary import MarkBoundary
+from fxquant.passes.nest_modules import NestModules
 from fxquant.passes.prepack import Prepack
 from fxquant.passes.propagate_qconfigs import PropagateQConfigs
 from fxquant.passes.recognize_channel_shuffle import RecognizeChannelShuffle
@@ -31,7 +35,7 @@ from fxquant.passes.round_biases import RoundBiases
 from fxquant.passes.round_joined import RoundJoined
 from fxquant.passes.share_parameters import ShareParameters
 from fxquant.passes.take_pieces import TakePieces
-from fxquant.passes.to_reference import ToReference
+from fxquant.passes.to_reference import ToReference, names_of_torch
 from fxquant.passes.train_weights import TrainWeights
 from fxquant.patterns.library import QAT_FUSION_PATTERNS
 from fxquant.qconfig_mapping import QConfigMapping
@@ -143,17 +147,26 @@ def lowering_pipeline(made_on: str = "") -> Pipeline:
     )
 
 
-def compat_prepare_pipeline(mapping: QConfigMapping, known_paths: tuple[str, ...]) -> Pipeline:
+def compat_prepare_pipeline(
+    mapping: QConfigMapping,
+    known_paths: tuple[str, ...],
+    nest: NestModules = NestModules(),  # noqa: B008  # frozen
+    boundary: MarkBoundary = MarkBoundary(),  # noqa: B008  # frozen
+) -> Pipeline:
     """Float graph to prepared graph as torch.ao prepares it: every op of its list observed.
 
     Args:
         mapping: the user's qconfigs.
         known_paths: module paths of the user's model, for rules that match nothing.
+        nest: what becomes of modules that are quantized on their own.
+        boundary: which inputs and results are quantized tensors.
     """
     return Pipeline(
         "compat-prepare",
         (
             PropagateQConfigs(mapping, known_paths),  # rules name the ops that the user wrote
+            nest,  # by qconfig; what is in them is no matter of this graph
+            boundary,  # nothing observes what comes quantized
             Functionalize(),  # in-place writes would hide who reads what
             FoldBatchNorm(folded_as_torch),  # weights must be final, and torch's, before that
             FusePatterns(),  # values inside a pattern are not observed
@@ -165,17 +178,26 @@ def compat_prepare_pipeline(mapping: QConfigMapping, known_paths: tuple[str, ...
     )
 
 
-def compat_qat_prepare_pipeline(mapping: QConfigMapping, known_paths: tuple[str, ...]) -> Pipeline:
+def compat_qat_prepare_pipeline(
+    mapping: QConfigMapping,
+    known_paths: tuple[str, ...],
+    nest: NestModules = NestModules(),  # noqa: B008  # frozen
+    boundary: MarkBoundary = MarkBoundary(),  # noqa: B008  # frozen
+) -> Pipeline:
     """Float graph to a graph that trains, as torch.ao prepares it; see compat_prepare_pipeline.
 
     Args:
         mapping: the user's qconfigs.
         known_paths: module paths of the user's model, for rules that match nothing.
+        nest: what becomes of modules that are quantized on their own.
+        boundary: which inputs and results are quantized tensors.
     """
     return Pipeline(
         "compat-qat-prepare",
         (
             PropagateQConfigs(mapping, known_paths),  # rules name the ops that the user wrote
+            nest,  # by qconfig; what is in them is no matter of this graph
+            boundary,  # nothing observes what comes quantized
             Functionalize(),  # in-place writes would hide who reads what
             FuseQat(refused=TRANSPOSED),  # as torch.ao, which has no module for them
             FusePatterns(TORCH_FUSION_PATTERNS),  # values inside a pattern are not rounded
@@ -188,13 +210,21 @@ def compat_qat_prepare_pipeline(mapping: QConfigMapping, known_paths: tuple[str,
     )
 
 
-def compat_reference_pipeline() -> Pipeline:
-    """Prepared graph to quantize, float op, dequantize, one pair for each observer."""
+def compat_reference_pipeline(
+    nested: ConvertNested = ConvertNested(),  # noqa: B008  # frozen
+) -> Pipeline:
+    """Prepared graph to quantize, float op, dequantize, one pair for each observer.
+
+    Args:
+        nested: converts the modules that are quantized on their own.
+    """
     return Pipeline(
         "compat-reference",
         (
+            nested,  # takes the observers of their results, which the next would replace
             FreezeWeights(),  # what trained is float modules again, which all others know
-            ToReference(),  # nothing is cancelled: callers count the steps
+            ToReference(names_of_torch),  # nothing is cancelled: callers count the steps
+            ExchangeQuantized(),  # integers and floats in the graph, quantized tensors outside
         ),
         given=frozenset({Fact.OBSERVED}),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -170,6 +170,26 @@ class GraphRewriter:
         user.replace_input_with(old, new)
         self.changes += 1
 
+    def replace_leaf(
+        self, user: fx.Node, old: fx.Node, new: fx.Node, *, keep: Container[int] = ()
+    ) -> None:
+        """Let ``user`` read ``new`` for ``old``, but not in the arguments at positions ``keep``.
+
+        Positions are those of :func:`leaves_of`.
+        """
+        made = [
+            item if i in keep else fx.map_arg(item, lambda leaf: new if leaf is old else leaf)
+            for i, item in enumerate(_arguments(user))
+        ]
+        if user.op == "output":
+            whole = user.args[0]
+            user.args = (type(whole)(made) if isinstance(whole, (tuple, list)) else made[0],)
+        else:
+            count = len(user.args)
+            user.args = tuple(made[:count])
+            user.kwargs = dict(zip(user.kwargs, made[count:], strict=True))
+        self.changes += 1
+
     def replace_uses(self, old: fx.Node, new: fx.Node, *, keep: tuple[fx.Node, ...] = ()) -> None:
         """Let every user of ``old`` but those in ``keep`` read ``new``."""
         skip = {new, *keep}
@@ -276,6 +296,26 @@ class GraphRewriter:
             node.stack_trace = like.stack_trace
         self.changes += 1
         return node
+
+
+def leaves_of(node: fx.Node) -> list[list[fx.Node]]:
+    """The nodes in each argument of ``node``: by position, then by name; of the output, by result.
+
+    What is returned as anything but a tuple or a list is one result.
+    """
+    found: list[list[fx.Node]] = []
+    for item in _arguments(node):
+        leaves: list[fx.Node] = []
+        fx.map_arg(item, leaves.append)
+        found.append(leaves)
+    return found
+
+
+def _arguments(node: fx.Node) -> list[Any]:
+    if node.op == "output":
+        whole = node.args[0]
+        return list(whole) if isinstance(whole, (tuple, list)) else [whole]
+    return [*node.args, *node.kwargs.values()]
 
 
 def _stored(root: object, path: str) -> bool:

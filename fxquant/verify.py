@@ -10,6 +10,7 @@ from torch import fx
 from fxquant.dataflow import reads_only_shape
 from fxquant.errors import GraphError
 from fxquant.graph_module import QuantGraphModule, Stage
+from fxquant.kernels import to_quantized
 from fxquant.metadata import TensorRecord, record_of
 from fxquant.op_view import attribute
 from fxquant.operators import DEQUANTIZE, QUANTIZE
@@ -97,7 +98,7 @@ def _quantize(gm: QuantGraphModule, node: fx.Node, *, lowered: bool) -> list[str
     strangers = [
         user.name
         for user in node.users
-        if user.target is not DEQUANTIZE and not reads_only_shape(user)
+        if user.target not in (DEQUANTIZE, to_quantized) and not reads_only_shape(user)
     ]
     if strangers and not lowered:
         problems.append(

@@ -159,7 +159,9 @@ def _plan(
 
 
 def _decided_elsewhere(record: NodeRecord, context: PassContext) -> bool:
-    """Whether an op was an island of the capture, or is a matter of annotate-half."""
+    """Whether an op is quantized on its own, or an island, or a matter of annotate-half."""
+    if record.takes_quantized:
+        return True
     if any(reason.startswith("opaque island") for reason in record.reasons):
         return True
     return bool(context.target.half_kinds) and half_dtype(record.qconfig) is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import fx
 
 from fxquant.dataflow import reads_only_shape
@@ -65,7 +66,8 @@ def _merge_duplicates(rewriter: GraphRewriter) -> None:
 
 def _read_shapes_from_integers(rewriter: GraphRewriter) -> None:
     for node in list(rewriter.gm.graph.nodes):
-        if node.target is not DEQUANTIZE or not isinstance(node.args[0], fx.Node):
+        dequantizes = node.target in (DEQUANTIZE, torch.dequantize)
+        if not dequantizes or not isinstance(node.args[0], fx.Node):
             continue
         for user in list(node.users):
             if reads_only_shape(user) and user.args[-1:] != ("dtype",):

@@ -20,8 +20,8 @@ from fxquant.observed import spec_of_observer
 from fxquant.op_view import Form, op_of
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
 from fxquant.passes.insert_observers import OBSERVER_PREFIX, external_inputs, on_device
-from fxquant.qconfig import QConfig
-from fxquant.rewriter import GraphRewriter
+from fxquant.qconfig import QConfig, spec_of
+from fxquant.rewriter import GraphRewriter, leaves_of
 from fxquant.specs import QuantSpec
 
 
@@ -69,6 +69,8 @@ class _Work:
         """Observe what an op reads and what it gives."""
         record = record_of(node)
         annotation, qconfig = record.annotation, record.qconfig
+        if qconfig is not None and record.takes_quantized:
+            self._taken(node, qconfig)
         if annotation is None or qconfig is None:
             return
         for source, spec in _activations(self.rewriter.gm, node):
@@ -84,6 +86,17 @@ class _Work:
         else:
             self._insert(node, annotation.output, qconfig, qconfig.activation(), list(node.users))
 
+    def _taken(self, reader: fx.Node, qconfig: QConfig) -> None:
+        """Observe what a module that is quantized on its own takes as quantized tensors."""
+        factory = spec_of(qconfig.activation)
+        if factory is None or factory.spec is None:
+            return
+        for position, leaves in enumerate(leaves_of(reader)):
+            if position in record_of(reader).takes_quantized:
+                for leaf in leaves:
+                    if is_float_tensor(self.rewriter.gm, leaf):
+                        self._input(reader, leaf, factory.spec, qconfig, qconfig.activation)
+
     def _weight(self, reader: fx.Node, weight: fx.Node, spec: QuantSpec, qconfig: QConfig) -> None:
         """Observe a weight in the graph, where the observer chooses what the op table wants."""
         if spec_of_observer(qconfig.weight()) == spec:
@@ -98,12 +111,25 @@ class _Work:
         factory: Callable[[], Any],
     ) -> None:
         """Let ``reader`` read ``source`` through an observer, one that is there if it fits."""
-        for found, node in self.behind.get(_observed_value(source), []):
+        if record_of(source).gives_quantized and not spec.is_dynamic:
+            return  # its scale and zero point come with it
+        value = _observed_value(source)
+        for found, node in self.behind.get(value, []):
+            if not self._is_of_kind(value, node, factory):
+                continue
             if found.dtype is spec.dtype and found.is_dynamic == spec.is_dynamic:
                 if node is not source:
                     self.rewriter.replace_argument(reader, source, node)
                 return
         self._insert(source, spec, qconfig, factory(), [reader])
+
+    def _is_of_kind(self, value: fx.Node, node: fx.Node, factory: Callable[[], Any]) -> bool:
+        """Whether an observer is what a reader's qconfig makes, or the producer's, for all."""
+        annotation, wanted = record_of(value).annotation, spec_of(factory)
+        if annotation is not None and annotation.output is not None:
+            return True
+        found = type(self.rewriter.gm.get_submodule(str(node.target))).__name__
+        return wanted is None or found == wanted.name
 
     def _share(self, node: fx.Node, spec: QuantSpec, qconfig: QConfig) -> None:
         """Put the observer of the first input behind ``node`` and in place of the others."""

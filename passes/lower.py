@@ -10,6 +10,7 @@ from torch import fx
 
 from fxquant.engines import consume_deprecation_warning
 from fxquant.graph_module import QuantGraphModule, Stage
+from fxquant.kernels import to_quantized
 from fxquant.lowering import Bound, IntValue, Lowering, Representation, Site
 from fxquant.metadata import add_reason, record_of, update_record
 from fxquant.op_view import op_of
@@ -40,6 +41,9 @@ class Lower(Pass):
         refusals = []
         dead_before = {node for node in nodes if not node.users}
         for node in nodes:
+            if record_of(node).gives_quantized:
+                lowering.values[node] = lowering.describing_itself(node)
+                continue
             if node.target is QUANTIZE and node not in lowering.values:
                 _quantize_float(lowering, node)
                 continue
@@ -171,7 +175,10 @@ def _deliver_floats(lowering: Lowering, nodes: list[fx.Node]) -> None:
         if node.target is QUANTIZE:
             value = lowering.values[node]
             for user in list(node.users):
-                if user.target is not DEQUANTIZE:
+                if user.target is to_quantized:
+                    source = lowering.held_as(value, Representation.QUANTIZED, at=user)
+                    lowering.rewriter.replace_uses(user, source)
+                elif user.target is not DEQUANTIZE:
                     lowering.rewriter.replace_argument(user, node, value.node)
         elif node.target is DEQUANTIZE and node.args[0] in lowering.values:
             value = lowering.values[node.args[0]]

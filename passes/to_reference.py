@@ -7,7 +7,8 @@ scale, zero point and integer weight as a buffer.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -35,6 +36,8 @@ from fxquant.slices import quantize_rows
 from fxquant.specs import QParams, QuantSpec
 from fxquant.weight_fit import WeightFitter, tell
 
+BufferNames = Callable[[QuantGraphModule, fx.Node], tuple[str, str]]
+
 
 @dataclass(frozen=True)
 class ToReference(Pass):
@@ -47,7 +50,12 @@ class ToReference(Pass):
     Quantize saturates at the ends of the spec's range. A halved range (``0..127`` in uint8) decides
     the scale only where the target has kernels: they, and ONNX's QuantizeLinear, saturate at the
     ends of the storage (:meth:`fxquant.targets.table.Target.saturation`).
+
+    Attributes:
+        buffer_names: of the scale and the zero point, for the value that an observer watches.
     """
+
+    buffer_names: BufferNames = field(default_factory=lambda: names_of_value)
 
     name: ClassVar[str] = "to-reference"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED})
@@ -59,7 +67,7 @@ class ToReference(Pass):
         observers = [n for n in gm.graph.nodes if is_observer(n)]
         _observe_weights(gm, observers)
         _warn_uncalibrated(gm, observers, context)
-        parameters = _Parameters(rewriter, observers, context)
+        parameters = _Parameters(rewriter, observers, context, self.buffer_names)
         for node in observers:
             _replace_observer(rewriter, node, parameters)
         for node in list(gm.graph.nodes):
@@ -70,6 +78,31 @@ class ToReference(Pass):
         gm.update_state(stage=Stage.REFERENCE)
         rewriter.changes += 1
         return PassResult(changes=rewriter.finish())
+
+
+def names_of_value(gm: QuantGraphModule, observer: fx.Node) -> tuple[str, str]:
+    """``<value>_scale`` and ``<value>_zero_point``; numbered where they are taken."""
+    value = observer.all_input_nodes[0].name
+    return f"{value}_scale", f"{value}_zero_point"
+
+
+def names_of_torch(gm: QuantGraphModule, observer: fx.Node) -> tuple[str, str]:
+    """``<path>[_input]_scale_<k>`` as torch.ao names them, with the smallest free number.
+
+    The path is that of the module that gives the value, or, for a value that only its reader has
+    observed (``_input``), that reads it; a function's is that of the module that calls it.
+    """
+    value = observer.all_input_nodes[0]
+    annotation = record_of(value).annotation
+    own = annotation is not None and annotation.output is not None
+    speaker = value if own else next(iter(observer.users), value)
+    record = record_of(speaker)
+    path = str(speaker.target) if speaker.op == "call_module" else record.scope
+    prefix = path.replace(".", "_") + ("" if own else "_input")
+    number = 0
+    while hasattr(gm, f"{prefix}_scale_{number}") or hasattr(gm, f"{prefix}_zero_point_{number}"):
+        number += 1
+    return f"{prefix}_scale_{number}", f"{prefix}_zero_point_{number}"
 
 
 def is_observer(node: fx.Node) -> bool:
@@ -120,8 +153,13 @@ class _Parameters:
     """Scale and zero-point buffers per observer, and per sharing group."""
 
     def __init__(
-        self, rewriter: GraphRewriter, observers: list[fx.Node], context: PassContext
+        self,
+        rewriter: GraphRewriter,
+        observers: list[fx.Node],
+        context: PassContext,
+        buffer_names: BufferNames,
     ) -> None:
+        self.buffer_names = buffer_names
         self.rewriter = rewriter
         self.context = context
         self.groups: dict[int, list[fx.Node]] = {}
@@ -173,8 +211,9 @@ class _Parameters:
             )
         qparams.validate()
         self._warn_of_tiny_range(node, qparams)
-        scale = self.rewriter.new_buffer(f"{source.name}_scale", qparams.scale.clone())
-        zero = self.rewriter.new_buffer(f"{source.name}_zero_point", qparams.zero_point.clone())
+        names = self.buffer_names(self.rewriter.gm, node)
+        scale = self.rewriter.new_buffer(names[0], qparams.scale.clone())
+        zero = self.rewriter.new_buffer(names[1], qparams.zero_point.clone())
         low, high = self.context.target.saturation(qparams.spec)
         return scale, zero, replace(qparams.spec, quant_min=low, quant_max=high)
 

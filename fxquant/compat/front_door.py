@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from fxquant.backend_config import BackendConfig, as_backend_config
 from fxquant.capture import capture, own_copy
+from fxquant.compat.nested import Converting, Nesting
 from fxquant.custom_config import (
     ConvertCustomConfig,
     FuseCustomConfig,
@@ -31,6 +32,9 @@ from fxquant.graph_module import PRESERVED_ATTRIBUTES, QuantGraphModule, Stage
 from fxquant.ledger import build_ledger
 from fxquant.metadata import add_reason, record_of, update_record
 from fxquant.pass_manager import PassContext, Pipeline
+from fxquant.passes.convert_nested import ConvertNested
+from fxquant.passes.mark_boundary import MarkBoundary
+from fxquant.passes.nest_modules import NestModules
 from fxquant.passes.propagate_qconfigs import subject
 from fxquant.passes.to_reference import is_observer
 from fxquant.pipelines import (
@@ -98,7 +102,7 @@ def prepare_fx(
         example_inputs,
         prepare_custom_config,
         _target(backend_config),
-        compat_prepare_pipeline,
+        _Preparation(_target, compat_prepare_pipeline),
     )
 
 
@@ -133,9 +137,22 @@ def prepare_qat_fx(
         qconfig_mapping,
         example_inputs,
         prepare_custom_config,
-        refusing_wrong_tables(while_training(_target(backend_config))),
-        compat_qat_prepare_pipeline,
+        _training_target(backend_config),
+        _Preparation(_training_target, compat_qat_prepare_pipeline),
     )
+
+
+@dataclass(frozen=True)
+class _Preparation:
+    """For inference, or for training.
+
+    Attributes:
+        target_of: backend config -> target.
+        pipeline: of passes.
+    """
+
+    target_of: Callable[[Any], Target]
+    pipeline: Callable[..., Pipeline]
 
 
 def _prepare(
@@ -144,19 +161,27 @@ def _prepare(
     example_inputs: Any,
     custom: Any,
     target: Target,
-    pipeline: Callable[[QConfigMapping, tuple[str, ...]], Pipeline],
+    how: _Preparation,
 ) -> QuantGraphModule:
     diagnostics = Diagnostics()
     config = as_prepare_custom_config(custom, TORCH_AO, diagnostics)
     rules = _rules(mapping, diagnostics)
-    gm = capture(
-        model, diagnostics, example_inputs, leaves=_leaves(model, config), strict_capture=True
-    )
+
+    def prepare(part: nn.Module, mapping: Any, inputs: Any, own: Any, backend: Any) -> Any:
+        chosen = target if backend is None else how.target_of(backend)
+        return _prepare(part, mapping, inputs, own, chosen, how)
+
+    nesting = Nesting(config, prepare)
+    leaves = nesting.leaves(model)
+    gm = capture(model, diagnostics, example_inputs, leaves=leaves, strict_capture=True)
     record_shapes(gm, example_inputs, diagnostics)
     gm.update_state(target=X86_COMPAT.name, ledger=build_ledger(gm))
     paths = tuple(name for name, _ in model.named_modules(remove_duplicate=False))
     context = PassContext(target=target, diagnostics=diagnostics)
-    pipeline(rules, paths).run(gm, context)
+    boundary = MarkBoundary(
+        tuple(config.input_quantized_indexes), tuple(config.output_quantized_indexes)
+    )
+    how.pipeline(rules, paths, NestModules(nesting), boundary).run(gm, context)
     gm.meta[_MAPPING] = rules
     _preserve(gm, model, config.preserved_attributes)
     _set_qconfigs(gm)
@@ -191,16 +216,8 @@ def _target(backend_config: Any) -> Target:
     return X86_COMPAT if config is None else compat_target(config)
 
 
-def _leaves(model: nn.Module, config: PrepareCustomConfig) -> dict[str, str]:
-    """Paths of the submodules that are not traced into, with the reason."""
-    found = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if path and (
-            path in config.non_traceable_module_names
-            or type(module) in config.non_traceable_module_classes
-        ):
-            found[path] = "listed as non-traceable, so it stays as it is"
-    return found
+def _training_target(backend_config: Any) -> Target:
+    return refusing_wrong_tables(while_training(_target(backend_config)))
 
 
 def _preserve(gm: QuantGraphModule, source: nn.Module, names: list[str]) -> None:
@@ -241,7 +258,7 @@ def convert_fx(
         NotPreparedError: it has no observers.
         QConfigMismatchError: ``qconfig_mapping`` asks for something else than prepare did.
     """
-    gm, context = _reference(graph_module, convert_custom_config, qconfig_mapping)
+    gm, context = _reference(graph_module, convert_custom_config, qconfig_mapping, convert_fx)
     compat_folding_pipeline().run(gm, context)
     gm.update_state(reference=tuple(encode_graph(gm.graph)))
     compat_lowering_pipeline().run(gm, context)
@@ -256,7 +273,9 @@ def convert_to_reference_fx(
     backend_config: BackendConfig | Mapping[str, Any] | Any = None,
 ) -> QuantGraphModule:
     """Turn a prepared module into quantize, dequantize and float ops; see :func:`convert_fx`."""
-    gm, _ = _reference(graph_module, convert_custom_config, qconfig_mapping)
+    gm, _ = _reference(
+        graph_module, convert_custom_config, qconfig_mapping, convert_to_reference_fx
+    )
     return _finished(gm, remove_qconfig=_remove_qconfig)
 
 
@@ -270,7 +289,7 @@ def _finished(gm: QuantGraphModule, *, remove_qconfig: bool) -> QuantGraphModule
 
 
 def _reference(
-    prepared: object, custom: Any, qconfig_mapping: Any
+    prepared: object, custom: Any, qconfig_mapping: Any, convert: Callable[..., QuantGraphModule]
 ) -> tuple[QuantGraphModule, PassContext]:
     if not isinstance(prepared, fx.GraphModule):
         raise NotAGraphModuleError(
@@ -289,7 +308,10 @@ def _reference(
     if qconfig_mapping is not None:
         _SwitchOff(gm, prepared.meta[_MAPPING], _rules(qconfig_mapping, diagnostics)).run()
     context = PassContext(target=X86_COMPAT, diagnostics=diagnostics)
-    compat_reference_pipeline().run(gm, context)
+    part_config = ConvertCustomConfig()
+    part_config.observed_to_quantized_mapping = config.observed_to_quantized_mapping
+    nested = Converting(config, lambda part: convert(part, part_config))
+    compat_reference_pipeline(ConvertNested(nested)).run(gm, context)
     _preserve(gm, prepared, config.preserved_attributes)
     return gm, context
 

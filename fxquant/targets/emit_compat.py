@@ -125,6 +125,9 @@ def register_as_given(site: Site, node: fx.Node) -> None:
     inputs = site.inputs()
     assert inputs is not None and site.quantize is not None
     x = inputs[0]
+    if isinstance(x.scale, fx.Node) or isinstance(x.zero_point, fx.Node):
+        lowering.values[site.quantize] = lowering.describing_itself(node)
+        return
     scale, zero_point = (attribute(lowering.gm, name) for name in (x.scale, x.zero_point))
     probe = as_quantized(torch.zeros(1, 1, dtype=torch.uint8), float(scale), int(zero_point))
     assert callable(node.target)

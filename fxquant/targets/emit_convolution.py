@@ -9,8 +9,8 @@ from torch import fx
 
 from fxquant.clamps import CLAMP_KINDS, bounds_of
 from fxquant.kernels import accumulator
-from fxquant.lowering import Bound, IntValue, Site, Weight
-from fxquant.metadata import add_reason
+from fxquant.lowering import IntValue, Site, Weight
+from fxquant.metadata import add_reason, record_of
 from fxquant.op_view import Op
 from fxquant.targets.emit_common import (
     BYTES,
@@ -129,8 +129,8 @@ def _emit_pointwise_convolution(
         torch.ops.onednn.qconv_pointwise.default,
         (
             lowering.held_as(x, BYTES, at=site.last),
-            Bound(x.scale),
-            Bound(x.zero_point),
+            x.bound_scale,
+            x.bound_zero_point,
             packed,
             weight.scale,
             weight.zero_point,
@@ -181,8 +181,8 @@ def _emit_residual(site: Site, x: IntValue, weight: Weight, add: Op) -> str | No
         torch.ops.onednn.qconv2d_pointwise.binary,
         (
             lowering.held_as(x, BYTES, at=site.last),
-            Bound(x.scale),
-            Bound(x.zero_point),
+            x.bound_scale,
+            x.bound_zero_point,
             packed,
             weight.scale,
             weight.zero_point,
@@ -195,8 +195,8 @@ def _emit_residual(site: Site, x: IntValue, weight: Weight, add: Op) -> str | No
             site.output_scale,
             site.output_zero_point,
             torch.uint8,
-            Bound(other.scale),
-            Bound(other.zero_point),
+            other.bound_scale,
+            other.bound_zero_point,
             "sum",
             1.0,
             "relu" if relu else "none",
@@ -216,7 +216,8 @@ def _accumulator(site: Site, x: IntValue, other: IntValue) -> fx.Node:
     lowering = site.lowering
     source = lowering.held_as(other, BYTES, at=site.last)
     position, reader = lowering.last_reader(other)
-    needed = position > lowering.order[site.last] or other.root is x.root
+    foreign = record_of(other.root).gives_quantized
+    needed = foreign or position > lowering.order[site.last] or other.root is x.root
     source = lowering.call(
         accumulator,
         (source, lowering.held_as(x, BYTES, at=site.last)),
@@ -226,7 +227,11 @@ def _accumulator(site: Site, x: IntValue, other: IntValue) -> fx.Node:
     )
     if needed:
         why = (
-            "the convolution reads it too" if other.root is x.root else f"{reader!r} reads it later"
+            f"{other.root.name!r} belongs to others"
+            if foreign
+            else "the convolution reads it too"
+            if other.root is x.root
+            else f"{reader!r} reads it later"
         )
         add_reason(site.op.node, f"the other operand of the sum is copied first: {why}")
         source = lowering.call(torch.clone, (source,), at=site.last, like=source, dtype=torch.uint8)

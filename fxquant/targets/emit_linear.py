@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fxquant.clamps import bounds_of
-from fxquant.lowering import Bound, IntValue, Site, Weight
+from fxquant.lowering import IntValue, Site, Weight
 from fxquant.metadata import shape_of
 from fxquant.op_view import Op
 from fxquant.targets.emit_common import (
@@ -102,8 +102,8 @@ def _emit_pointwise_linear(
         torch.ops.onednn.qlinear_pointwise.default,
         (
             lowering.held_as(x, BYTES, at=site.last),
-            Bound(x.scale),
-            Bound(x.zero_point),
+            x.bound_scale,
+            x.bound_zero_point,
             packed,
             scale,
             weight.zero_point,

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import fx
 
 from fxquant.clamps import bounds_of
 from fxquant.engine_free import clamp
-from fxquant.lowering import Bound, IntValue, Lowering, Representation, Site
+from fxquant.lowering import IntValue, Lowering, Representation, Site
 from fxquant.op_view import Op, attribute
 from fxquant.targets.emit_common import (
     BYTES,
@@ -73,9 +74,10 @@ def emit_list(function: Callable[..., Any]) -> Emitter:
 
 def _same_parameters(lowering: Lowering, values: tuple[IntValue, ...]) -> bool:
     """Whether values have the same scale and zero point; kernels that choose theirs may not."""
-    buffers = [
-        (attribute(lowering.gm, v.scale), attribute(lowering.gm, v.zero_point)) for v in values
-    ]
+    named = [(v.scale, v.zero_point) for v in values]
+    if any(isinstance(scale, fx.Node) for scale, _ in named):
+        return len(set(named)) == 1
+    buffers = [tuple(attribute(lowering.gm, str(name)) for name in names) for names in named]
     return all(torch.equal(a, b) for pair in buffers for a, b in zip(pair, buffers[0], strict=True))
 
 
@@ -88,7 +90,7 @@ def emit_pad(site: Site) -> str | None:
     node = site.lowering.emit(
         site,
         torch.constant_pad_nd,
-        (source, site.op.arguments["pad"], Bound(inputs[0].zero_point)),
+        (source, site.op.arguments["pad"], inputs[0].bound_zero_point),
         "aten::constant_pad_nd on bytes",
     )
     site.lowering.result(site, node, BYTES)
@@ -103,7 +105,7 @@ def emit_clamp(site: Site) -> str | None:
     low, high = bounds_of(site.op)
     x = inputs[0]
     source = site.lowering.held_as(x, BYTES, at=site.last)
-    args = (source, low, high, Bound(x.scale), Bound(x.zero_point))
+    args = (source, low, high, x.bound_scale, x.bound_zero_point)
     node = site.lowering.emit(site, clamp, args, "aten::clamp")
     site.lowering.result(site, node, BYTES)
     return None

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from fxquant.pipelines import (
+    compat_folding_pipeline,
     compat_lowering_pipeline,
     compat_prepare_pipeline,
     compat_qat_prepare_pipeline,
@@ -32,6 +33,7 @@ def test_every_pass_has_its_file_and_its_entry() -> None:
         compat_prepare_pipeline(QConfigMapping(), ()),
         compat_qat_prepare_pipeline(QConfigMapping(), ()),
         compat_reference_pipeline(),
+        compat_folding_pipeline(),
         compat_lowering_pipeline(),
     )
     names = {item.name for pipeline in pipelines for item in pipeline.passes}
