@@ -100,4 +100,7 @@ def _value(record: ValueRecord, generator: torch.Generator) -> Any:
 def _tensor(record: TensorRecord, generator: torch.Generator) -> Tensor:
     if record.dtype.is_floating_point or record.dtype.is_complex:
         return torch.randn(record.shape, dtype=record.dtype, generator=generator)
+    if record.dtype is torch.quint8:
+        floats = torch.randn(record.shape, generator=generator)
+        return torch.quantize_per_tensor(floats, 1 / 32, 128, record.dtype)
     return torch.zeros(record.shape, dtype=record.dtype)

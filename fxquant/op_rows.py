@@ -346,6 +346,8 @@ class _Reader:
             scale, zero_point = (attribute(self.gm, bound[p]) for p in positions)
             return scale, zero_point
         sources = [a for a in node.all_input_nodes if a.op not in ("get_attr", "placeholder")]
+        if any(record_of(source).gives_quantized for source in sources):
+            return None, None  # only the tensor knows, when it comes
         return self._lowered_parameters(sources[0]) if sources else (None, None)
 
     def _weight_scale(self, node: fx.Node) -> tuple[float, float] | None:

@@ -30,6 +30,7 @@ from torch import Tensor, fx, nn
 from fxquant.autocast import without_autocast
 from fxquant.errors import ConfigError
 from fxquant.graph_module import QuantGraphModule, Stage
+from fxquant.kernels import as_bytes, as_quantized
 from fxquant.metadata import record_of
 from fxquant.op_view import Op, attribute, op_of
 from fxquant.operators import DEQUANTIZE, QUANTIZE, QUANTIZE_DYNAMIC, TO_DTYPE
@@ -180,10 +181,15 @@ def parity(
 
 def _reference(model: QuantGraphModule) -> QuantGraphModule:
     stage = model.state.stage if isinstance(model, QuantGraphModule) else None
-    if stage is Stage.PREPARED:
+    if stage is Stage.PREPARED and model.state.target != "x86-compat":
         return convert_to_reference_fx(model)
     if stage is Stage.REFERENCE:
         return model
+    if stage is Stage.PREPARED:
+        raise ConfigError(
+            "parity() got a model that fxquant.compat prepared, which only fxquant.compat converts"
+            " as its configs say: pass the result of its convert_to_reference_fx"
+        )
     raise ConfigError(
         "parity() takes a prepared or a reference model first, got"
         f" {type(model).__name__ if stage is None else f'a model that is {stage.value}'}"
@@ -216,18 +222,33 @@ def _check_lowered(reference: QuantGraphModule, lowered: QuantGraphModule) -> No
         )
 
 
+class _Values(dict[str, Any]):
+    """Reference node name -> integers, float tensor or plain value of the lowered graph.
+
+    Attributes:
+        parameters: the same -> scale and zero point, of quantized tensors that come from outside,
+            and of what kernels only move of them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parameters: dict[str, tuple[Tensor, Tensor]] = {}
+
+
 class _Recorder(fx.Interpreter):
     """Runs the lowered graph and keeps what each reference node's value was there.
 
     Attributes:
-        values: reference node name -> integers, float tensor or plain value.
+        values: what was seen.
+        foreign: lowered node -> the parameters that came with its value from outside.
         kernels: reference node name -> the lowered node that stands for it.
     """
 
     def __init__(self, lowered: QuantGraphModule, reference: Mapping[str, fx.Node]) -> None:
         super().__init__(lowered)
         self.reference = reference
-        self.values: dict[str, Any] = {}
+        self.values = _Values()
+        self.foreign: dict[fx.Node, tuple[Tensor, Tensor]] = {}
         self.kernels: dict[str, fx.Node] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -237,9 +258,24 @@ class _Recorder(fx.Interpreter):
             self.kernels[name] = n
         elif n.name in self.reference and record_of(n).made_by not in _MADE_HERE:
             name = n.name  # an op that stayed in floating point, or an input
+        self._follow(n, value)
         if name:
             self.values[name] = _detached(value)
+            if n in self.foreign:
+                self.values.parameters[name] = self.foreign[n]
         return value
+
+    def _follow(self, n: fx.Node, value: Any) -> None:
+        """Note the parameters of a value from outside, and of what is only moved of it."""
+        if not isinstance(value, Tensor):
+            return
+        record = record_of(n)
+        moves = record.annotation is not None and record.annotation.shares
+        known = [self.foreign[source] for source in n.all_input_nodes if source in self.foreign]
+        if record.gives_quantized and value.is_quantized:
+            self.foreign[n] = _parameters(value)
+        elif known and (moves or n.target in (as_bytes, as_quantized)):
+            self.foreign[n] = _parameters(value) if value.is_quantized else known[0]
 
 
 def _detached(value: Any) -> Any:
@@ -251,6 +287,12 @@ def _detached(value: Any) -> Any:
     return value.int_repr() if value.is_quantized else value.clone()
 
 
+def _parameters(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of a quantized tensor, which keeps the scale in float64."""
+    scale = torch.tensor(x.q_scale(), dtype=torch.float64).to(torch.float32)
+    return scale, torch.tensor(x.q_zero_point(), dtype=torch.int32)
+
+
 class _Region:
     """Evaluates reference nodes in float64, back to what the lowered graph has in their place.
 
@@ -259,7 +301,7 @@ class _Region:
         addends: largest magnitudes of terms that enter a sum beside the op's own result.
     """
 
-    def __init__(self, gm: QuantGraphModule, values: Mapping[str, Any], last: fx.Node) -> None:
+    def __init__(self, gm: QuantGraphModule, values: _Values, last: fx.Node) -> None:
         self.gm = gm
         self.values = values
         self.last = last
@@ -276,6 +318,8 @@ class _Region:
     def _evaluate(self, node: fx.Node) -> Any:
         if node.target is DEQUANTIZE:
             return self._dequantize(node)
+        if node.target is torch.dequantize and node.all_input_nodes[0].name in self.values:
+            return self._read(node.all_input_nodes[0].name)
         if node.name in self.values and node is not self.last:
             return self.values[node.name]
         if node.op == "get_attr":
@@ -307,6 +351,8 @@ class _Region:
     def _dequantize(self, node: fx.Node) -> Tensor:
         source, scale_node, zero_node, *axis = node.args
         assert isinstance(source, fx.Node)
+        if source.name in self.values.parameters:
+            return self._read(source.name)
         integers = self.values[source.name] if source.name in self.values else self.value(source)
         scale, zero_point = (self.parameter(a) for a in (scale_node, zero_node))
         if axis and axis[0] is not None:
@@ -316,6 +362,12 @@ class _Region:
             scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
         wide: Tensor = integers.to(torch.float64) - zero_point.to(torch.float64)
         return wide * scale.to(torch.float64)
+
+    def _read(self, name: str) -> Tensor:
+        """The float value of a quantized tensor, by the parameters that it has."""
+        scale, zero_point = self.values.parameters[name]
+        integers = self.values[name].to(torch.float64) - zero_point.to(torch.float64)
+        return integers * scale.to(torch.float64)  # type: ignore[no-any-return]  # values are Any
 
     def parameter(self, argument: object) -> Tensor:
         """A scale or zero point: a buffer, or what was chosen at run time."""
@@ -358,8 +410,11 @@ class _Region:
         if not isinstance(value, Tensor) or value.numel() == 0:
             return 0.0
         offset = 0.0
-        if node.target is DEQUANTIZE:
-            scale, zero_point = (self.parameter(a) for a in node.args[1:3])
+        if node.target in (DEQUANTIZE, torch.dequantize):
+            source = node.all_input_nodes[0].name
+            scale, zero_point = self.values.parameters.get(source) or tuple(
+                self.parameter(a) for a in node.args[1:3]
+            )
             offset = float((scale * zero_point).abs().max())
         return float(value.abs().max()) + offset
 
@@ -392,9 +447,7 @@ def _constant(gm: nn.Module, argument: object) -> Tensor:
     return value
 
 
-def _compare(
-    gm: QuantGraphModule, node: fx.Node, lowered: fx.Node, values: Mapping[str, Any]
-) -> ParityRow:
+def _compare(gm: QuantGraphModule, node: fx.Node, lowered: fx.Node, values: _Values) -> ParityRow:
     """The row of the reference node ``node``: a quantize, or an op whose kernel writes floats."""
     if node.target is QUANTIZE:
         source = node.args[0]
@@ -421,11 +474,11 @@ def _compare_quantize(
 
 
 def _compare_dequantize(
-    gm: QuantGraphModule, node: fx.Node, lowered: fx.Node, values: Mapping[str, Any]
+    gm: QuantGraphModule, node: fx.Node, lowered: fx.Node, values: _Values
 ) -> ParityRow:
     """Integers that a float op, or the caller, reads: exact."""
     source = node.all_input_nodes[0]
-    scale, zero_point = (_constant(gm, a) for a in node.args[1:3])
+    scale, zero_point = _parameters_of(gm, source, values)
     integers = values[source.name].to(torch.int32)
     distance = ((values[node.name] - (integers - zero_point) * scale) / scale).abs()
     name = source.all_input_nodes[0].name
@@ -433,13 +486,13 @@ def _compare_dequantize(
 
 
 def _compare_integers(
-    gm: QuantGraphModule, node: fx.Node, lowered: fx.Node, values: Mapping[str, Any]
+    gm: QuantGraphModule, node: fx.Node, lowered: fx.Node, values: _Values
 ) -> ParityRow:
-    last, scale_node, zero_node, low, high = node.args[:5]
+    last, _, _, low, high = node.args[:5]
     assert isinstance(last, fx.Node) and isinstance(low, int) and isinstance(high, int)
     region = _Region(gm, values, last)
     result = region.value(last)
-    scale, zero_point = (_constant(gm, a).to(torch.float64) for a in (scale_node, zero_node))
+    scale, zero_point = (p.to(torch.float64) for p in _parameters_of(gm, node, values))
     exact = result / scale + zero_point
     expected = exact.round().clamp(low, high)
     distance = (values[node.name].to(torch.float64) - expected).abs()
@@ -449,7 +502,7 @@ def _compare_integers(
 
 
 def _compare_floats(
-    gm: QuantGraphModule, node: fx.Node, lowered: fx.Node, values: Mapping[str, Any]
+    gm: QuantGraphModule, node: fx.Node, lowered: fx.Node, values: _Values
 ) -> ParityRow:
     op = op_of(gm, node)
     if op is not None and op.kind.definition:
@@ -472,7 +525,7 @@ def _compare_floats(
 
 
 def _compare_recurrent(
-    gm: QuantGraphModule, op: Op, lowered: fx.Node, values: Mapping[str, Any]
+    gm: QuantGraphModule, op: Op, lowered: fx.Node, values: _Values
 ) -> ParityRow:
     """A recurrent module against its definition in float32.
 
@@ -520,6 +573,18 @@ def _tensors(value: Any) -> list[Tensor]:
         return [value]
     items = value if isinstance(value, (tuple, list)) else ()
     return [tensor for item in items for tensor in _tensors(item)]
+
+
+def _parameters_of(
+    gm: QuantGraphModule, quantize_node: fx.Node, values: _Values
+) -> tuple[Tensor, Tensor]:
+    """With which the integers that stand for ``quantize_node`` were made.
+
+    A kernel that moves integers keeps those of a quantized tensor that came from outside.
+    """
+    found = values.parameters.get(quantize_node.name)
+    scale, zero_point = (_constant(gm, a) for a in quantize_node.args[1:3])
+    return found or (scale, zero_point)
 
 
 def _row(name: str, kind: str, lowered: fx.Node, distance: Tensor, halfway: Tensor) -> ParityRow:

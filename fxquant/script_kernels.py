@@ -355,6 +355,18 @@ def added(a: Tensor, b: Tensor, scale: float, zero_point: int, relu: bool) -> Te
     return made
 
 
+def clamped(
+    x: Tensor, low: float | None, high: float | None, scale: float, zero_point: int
+) -> Tensor:
+    """``fxquant.engine_free.clamp``, by parameters that are known when it runs."""
+    bottom, top = 0, 255
+    if low is not None:
+        bottom = min(max(int(round(low / scale + zero_point)), 0), 255)  # noqa: RUF046  # a float
+    if high is not None:
+        top = min(max(int(round(high / scale + zero_point)), 0), 255)  # noqa: RUF046  # in script
+    return torch.clamp(x, bottom, top)
+
+
 def averaged(
     x: Tensor,
     kernel_size: list[int],

@@ -37,6 +37,7 @@ from fxquant.script_kernels import (
     added,
     averaged,
     bag_result,
+    clamped,
     scalars,
     scripted_cell,
     scripted_gru,
@@ -402,6 +403,8 @@ _FORMS: Final[dict[Any, Callable[[_Copy], fx.Node]]] = {
 def _clamp(copy: _Copy) -> fx.Node:
     """The bounds as integers: what becomes of the smallest byte, and of the largest."""
     x, *bounds = copy.args
+    if any(isinstance(bound, fx.Node) for bound in bounds):
+        return copy.call(clamped, *copy.args)
     function: Any = copy.node.target
     low, high = function(torch.tensor([0, 255], dtype=torch.uint8), *bounds).tolist()
     return copy.call(torch.clamp, x, low, high)

@@ -73,9 +73,12 @@ class NestModules(Pass):
     def run(self, gm: QuantGraphModule, context: PassContext) -> PassResult:
         """Replace modules in graph order."""
         work = _Work(GraphRewriter(gm, self.name), self.nest)
-        for node in list(gm.graph.nodes):
-            if node.op == "call_module":
-                work.replace(node)
+        calls = [node for node in gm.graph.nodes if node.op == "call_module"]
+        found = [(node, nested) for node in calls if (nested := work.replace(node)) is not None]
+        for node, nested in found:
+            structure = _structure(node, nested)
+            if nested.gives != () and isinstance(structure, tuple):
+                _TakenApart(work.rewriter, node, nested.gives).deliver(node, structure)
         return PassResult(changes=work.rewriter.finish())
 
 
@@ -93,7 +96,7 @@ class _Work:
     nest: Nest
     made: dict[str, Nested | None] = field(default_factory=dict)
 
-    def replace(self, node: fx.Node) -> None:
+    def replace(self, node: fx.Node) -> Nested | None:
         """Put in the module that ``node`` is to call, and mark what it exchanges."""
         gm, path = self.rewriter.gm, str(node.target)
         if path not in self.made:
@@ -103,12 +106,9 @@ class _Work:
             if nested is not None:
                 self.rewriter.set_module(path, nested.module)
         nested = self.made[path]
-        if nested is None:
-            return
-        _mark(node, nested)
-        structure = _structure(node, nested)
-        if nested.gives != () and isinstance(structure, tuple):
-            _TakenApart(self.rewriter, node, nested.gives).deliver(node, structure)
+        if nested is not None:
+            _mark(node, nested)
+        return nested
 
 
 def _mark(node: fx.Node, nested: Nested) -> None:
@@ -125,7 +125,7 @@ def _mark(node: fx.Node, nested: Nested) -> None:
         gives_quantized=one and not nested.observed and nested.gives == (0,),
         annotation=annotation,
         qconfig=nested.qconfig,
-        reasons=(nested.reason,),
+        reasons=(f"opaque island: {nested.reason}",),
     )
 
 

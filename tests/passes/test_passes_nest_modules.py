@@ -77,7 +77,7 @@ def test_the_module_is_made_once_and_its_calls_are_marked() -> None:
         assert not record.gives_quantized
         assert record.annotation is not None
         assert record.annotation.output is not None
-        assert record.reasons == ("its own",)
+        assert record.reasons == ("opaque island: its own",)
     assert record_of(node_named(gm, "conv")).takes_quantized == ()
 
 
