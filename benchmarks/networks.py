@@ -361,7 +361,7 @@ def page(records: dict[str, NetworkRecord]) -> str:
         " engine; the best is shown. (The auxiliary heads of GoogLeNet and Inception are in the"
         " FP32 state dict only.) Peaks are the memory that `prepare_fx` and `convert_fx` take"
         " at most beyond what was there before, what they return included, in multiples of the"
-        " FP32 parameters.\n\n"
+        " FP32 parameters; of small networks, the 5 to 10 MB of the graph itself decide.\n\n"
         "Regenerate with `python -m benchmarks.networks` (`--again` for what was measured before,"
         " `--latency` for the latency of one picture against the faster of contiguous and"
         " channels_last, `--memory` for the peaks). The figures are in"

@@ -104,13 +104,14 @@ def weight_shift(
     weight = weight.detach()
     qparams = fitter.qparams(node, path, weight, annotation.weight, qconfig)
     groups = int(op.arguments.get("groups", 1))
-    means = mean.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)  # [O, I / g]
+    means = mean.reshape(groups, -1)
+    group_of = torch.arange(weight.shape[0]) // (weight.shape[0] // groups)
     shifts = []
     for part in row_slices(weight):
         values, own = weight[part].to(torch.float32), rows_of(qparams, part, weight.dim())
         error = (dequantize(quantize(values, own), own) - values).to(torch.float64)
         per_input = error.flatten(2).sum(2) if error.dim() > 2 else error
-        shifts.append((per_input * means[part]).sum(1))
+        shifts.append((per_input * means[group_of[part]]).sum(1))
     return torch.cat(shifts)
 
 

@@ -39,7 +39,8 @@ torch.set_num_threads(1)
 layers = [nn.Conv2d(3, 512, 3), nn.BatchNorm2d(512), nn.ReLU()]
 for _ in range(10):
     layers += [nn.Conv2d(512, 512, 3, padding=1), nn.BatchNorm2d(512), nn.ReLU()]
-model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 4000)).eval()
+layers += [nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(9 * 512, 4000)]
+model = nn.Sequential(*layers).eval()
 print(json.dumps(asdict(measure(model, torch.rand(1, 3, 8, 8)))))
 """
 
