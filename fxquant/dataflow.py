@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import builtins
+from collections.abc import Callable
 
-from torch import fx
+from torch import Tensor, fx
 
 from fxquant.metadata import TensorRecord, record_of
 from fxquant.op_catalog import OpKind
-from fxquant.op_view import kind_of
+from fxquant.op_view import attribute, kind_of
 
 _SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "device", "dtype", "is_cuda", "layout"})
 _SHAPE_METHODS = frozenset({"size", "dim", "ndimension", "numel", "nelement"})
@@ -56,6 +57,43 @@ def is_surely_float_tensor(gm: fx.GraphModule, node: fx.Node) -> bool:
     return _float_tensor(gm, node) is True
 
 
+def is_presumably_float(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """As :func:`is_float_tensor`, but what is not known to be something else is a float tensor.
+
+    Without value records, something else are sizes and what is computed from them, comparisons,
+    lists of pieces, and what is read as a mask, an index or a size.
+    """
+    if record_of(node).has_value or node.op == "get_attr":
+        return is_float_tensor(gm, node)
+    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return not (is_number(node) or target.strip("_") in _NO_FLOAT_TENSORS or _is_mask_or_size(node))
+
+
+_NO_FLOAT_TENSORS = frozenset(
+    {"gt", "ge", "lt", "le", "eq", "ne", "and", "or", "xor", "not", "invert", "isnan", "argmax"}
+    | {"logical_and", "logical_or", "logical_xor", "logical_not", "argmin", "len", "tolist"}
+    | {"chunk", "split", "split_with_sizes", "tensor_split", "unbind", "topk", "sort"}
+)
+_READS_TENSOR_FIRST = frozenset(
+    {"view", "reshape", "permute", "repeat", "repeat_interleave", "expand", "transpose", "flatten"}
+    | {"squeeze", "unsqueeze", "narrow", "select", "masked_fill", "masked_fill_", "masked_select"}
+)
+_KEEPS_MEANING = frozenset({"unsqueeze", "squeeze", "view", "reshape", "expand", "to"})
+
+
+def _is_mask_or_size(node: fx.Node) -> bool:
+    """Whether some reader takes ``node``, perhaps in another shape, for a mask, index or size."""
+    for user in node.users:
+        target = user.target if user.op == "call_method" else getattr(user.target, "__name__", "")
+        if target not in _READS_TENSOR_FIRST:
+            continue
+        if not user.args or user.args[0] is not node:
+            return True
+        if target in _KEEPS_MEANING and _is_mask_or_size(user):
+            return True
+    return False
+
+
 def _float_tensor(gm: fx.GraphModule, node: fx.Node) -> bool | None:
     """``None`` where ``node`` gives what an input is of which nothing is known."""
     current = node
@@ -63,6 +101,9 @@ def _float_tensor(gm: fx.GraphModule, node: fx.Node) -> bool | None:
         record = record_of(current)
         if record.has_value:
             return isinstance(record.value, TensorRecord) and record.value.dtype.is_floating_point
+        if current.op == "get_attr":
+            value = attribute(gm, str(current.target))
+            return isinstance(value, Tensor) and value.is_floating_point()
         kind = kind_of(gm, current)
         if kind is not None and kind.constants:
             return True
@@ -88,10 +129,14 @@ def _first_activation(kind: OpKind, node: fx.Node) -> object:
     return node.args[0] if node.args else node.kwargs.get(kind.activations[0])
 
 
-def has_float_input(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a floating-point activation enters ``node``."""
+def has_float_input(
+    gm: fx.GraphModule,
+    node: fx.Node,
+    is_float: Callable[[fx.GraphModule, fx.Node], bool] = is_float_tensor,
+) -> bool:
+    """Whether a floating-point activation enters ``node``, by the given notion of one."""
     return any(
-        argument.op != "get_attr" and (is_float_tensor(gm, argument) or _is_packed(argument))
+        argument.op != "get_attr" and (is_float(gm, argument) or _is_packed(argument))
         for argument in node.all_input_nodes
     )
 

@@ -37,7 +37,7 @@ from fxquant.passes.share_parameters import ShareParameters
 from fxquant.passes.take_pieces import TakePieces
 from fxquant.passes.to_reference import ToReference, names_of_torch
 from fxquant.passes.train_weights import TrainWeights
-from fxquant.patterns.library import QAT_FUSION_PATTERNS
+from fxquant.patterns.library import FUSION_PATTERNS, QAT_FUSION_PATTERNS, with_any_operand
 from fxquant.qconfig_mapping import QConfigMapping
 
 
@@ -169,7 +169,7 @@ def compat_prepare_pipeline(
             boundary,  # nothing observes what comes quantized
             Functionalize(),  # in-place writes would hide who reads what
             FoldBatchNorm(folded_as_torch),  # weights must be final, and torch's, before that
-            FusePatterns(),  # values inside a pattern are not observed
+            FusePatterns(with_any_operand(FUSION_PATTERNS)),  # values inside are not observed
             Annotate(),  # specs from qconfig and op table
             InsertSharedObservers(),  # one at every quantized value; sharing is by module
         ),

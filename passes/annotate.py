@@ -112,7 +112,9 @@ def _plan(
     fusion = record.fusion
     if fusion is not None and fusion.first != node.name:
         return None  # the first op of the pattern speaks for it
-    if reads_only_shape(node) or not (has_float_input(gm, node) or looks_up(gm, node)):
+    if reads_only_shape(node) or not (
+        has_float_input(gm, node, context.target.is_float) or looks_up(gm, node)
+    ):
         return None
     if _decided_elsewhere(record, context):
         return None

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxquant.graph_module import QuantGraphModule, set_attribute
-from fxquant.metadata import TensorRecord, record_of
+from fxquant.metadata import TensorRecord, record_of, shape_of
 from fxquant.op_view import OUT_OF_PLACE_OPERATORS
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult, Refusal
 from fxquant.patterns.aliasing import Aliasing, written_value
@@ -219,12 +219,17 @@ def _name_flag(node: fx.Node) -> bool:
 
 
 def _out_of_place_target(node: fx.Node) -> Any:
-    """``"relu_"`` -> ``"relu"``, ``torch.relu_`` -> ``torch.relu``, ``iadd`` -> ``add``."""
+    """``"relu_"`` -> ``"relu"``, ``torch.relu_`` -> ``torch.relu``, ``iadd`` -> ``add``.
+
+    ``resize_`` to the shape that is there is ``reshape``; to another it may show other memory.
+    """
     if node.kwargs.get("out") is not None:
         return None
     if node.target in OUT_OF_PLACE_OPERATORS:
         return OUT_OF_PLACE_OPERATORS[node.target]
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name == "resize_" and _keeps_shape(node):
+        return "reshape"
     plain = name.removesuffix("_")
     if plain == name or plain in _OTHER_MEANING:
         return None
@@ -232,6 +237,12 @@ def _out_of_place_target(node: fx.Node) -> Any:
         return plain if callable(getattr(torch.Tensor, plain, None)) else None
     known = [space for space in (torch, F) if getattr(space, name, None) is node.target]
     return next((getattr(space, plain) for space in known if hasattr(space, plain)), None)
+
+
+def _keeps_shape(node: fx.Node) -> bool:
+    """Whether ``node`` gives its first argument in the shape that it has."""
+    before, after = shape_of(node.all_input_nodes[0]), shape_of(node)
+    return before is not None and before == after
 
 
 def _promoting_operand(node: fx.Node, written: fx.Node) -> fx.Node | None:

@@ -22,7 +22,7 @@ from fxquant.graph_module import QuantGraphModule
 from fxquant.metadata import add_reason, record_of
 from fxquant.op_view import Form, Op, attribute, kind_of
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult, Refusal
-from fxquant.patterns.library import QAT_FUSION_PATTERNS, QAT_PATTERNS
+from fxquant.patterns.library import QAT_FUSION_PATTERNS, QAT_PATTERNS, with_any_operand
 from fxquant.patterns.listed import listed_fold
 from fxquant.patterns.match import Match, Reason, because
 from fxquant.patterns.matcher import match_all
@@ -83,7 +83,7 @@ def no_linear_batch_norm(match: Match) -> Reason | None:
 
 TORCH_FUSION_PATTERNS: Final = tuple(
     replace(pattern, guards=(no_linear_batch_norm, *pattern.guards))
-    for pattern in QAT_FUSION_PATTERNS
+    for pattern in with_any_operand(QAT_FUSION_PATTERNS)
 )
 """Chains that torch.ao observes as one while they train."""
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from fxquant.graph_module import QuantGraphModule
+from fxquant.metadata import shape_of
 from fxquant.op_catalog import REQUIRED
 from fxquant.op_view import Form, Op, op_of
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult, Refusal
@@ -62,6 +63,8 @@ def not_inlined(module: nn.Module, op: Op) -> str | None:
         return "the module is in training mode, which a function call would fix for good"
     if op.name == "instance_norm" and op.constant("running_mean") is not None:
         return "the instance-norm reads stored statistics in evaluation only"
+    if op.name == "batch_norm" and shape_of(op.node) is None:
+        return "without example inputs its class alone tells how many dimensions it normalizes"
     if op.name == "batch_norm" and op.constant("running_mean") is None:
         return "the batch-norm computes statistics at run time even in evaluation"
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -95,6 +96,8 @@ def _requests(gm: QuantGraphModule, target: Target) -> dict[fx.Node, list[_Reque
         if annotation is None or record.qconfig is None:
             continue
         for source, spec in external_inputs(gm, node):
+            if source.op == "get_attr":
+                continue  # a constant operand stays in floating point
             produced = _output_spec(source)
             if produced is not None and _holds(target, spec, produced):
                 continue  # its producer decides
@@ -129,8 +132,18 @@ def _holds(target: Target, wanted: QuantSpec, produced: QuantSpec) -> bool:
     return wanted.dtype is produced.dtype and low <= least and most <= high
 
 
-def external_inputs(gm: QuantGraphModule, node: fx.Node) -> list[tuple[fx.Node, QuantSpec]]:
-    """The activations of an annotated op that come from outside its pattern, with their specs."""
+def external_inputs(
+    gm: QuantGraphModule,
+    node: fx.Node,
+    is_float: Callable[[fx.GraphModule, fx.Node], bool] = is_float_tensor,
+) -> list[tuple[fx.Node, QuantSpec]]:
+    """The activations of an annotated op that come from outside its pattern, with their specs.
+
+    Args:
+        gm: the graph.
+        node: the op.
+        is_float: what counts as an activation.
+    """
     record = record_of(node)
     annotation, op = record.annotation, op_of(gm, node)
     if annotation is None or op is None or op.kind.definition:
@@ -147,7 +160,7 @@ def external_inputs(gm: QuantGraphModule, node: fx.Node) -> list[tuple[fx.Node, 
         other = record_of(source).fusion
         if fusion is not None and other is not None and other.group == fusion.group:
             continue
-        if source.op != "get_attr" and is_float_tensor(gm, source):
+        if is_float(gm, source):
             found.append((source, spec))
     return found
 

@@ -44,7 +44,7 @@ class InsertSharedObservers(Pass):
         """Insert in graph order."""
         if gm.state.stage is Stage.PREPARED:
             return PassResult(changes=0)
-        work = _Work(GraphRewriter(gm, self.name))
+        work = _Work(GraphRewriter(gm, self.name), context.target.is_float)
         for node in list(gm.graph.nodes):
             work.observe(node)
         gm.update_state(stage=Stage.PREPARED)
@@ -58,10 +58,12 @@ class _Work:
 
     Attributes:
         rewriter: of the graph.
+        is_float: what counts as an activation.
         behind: value -> the observers behind it, with what they look for.
     """
 
     rewriter: GraphRewriter
+    is_float: Callable[[fx.GraphModule, fx.Node], bool]
     behind: dict[fx.Node, list[tuple[QuantSpec, fx.Node]]] = field(default_factory=dict)
     number: int = 0
 
@@ -73,7 +75,7 @@ class _Work:
             self._taken(node, qconfig)
         if annotation is None or qconfig is None:
             return
-        for source, spec in _activations(self.rewriter.gm, node):
+        for source, spec in self._activations(node):
             self._input(node, source, spec, qconfig, qconfig.activation)
         weight = _weight_of_function(self.rewriter.gm, node)
         if weight is not None and annotation.weight is not None:
@@ -85,6 +87,15 @@ class _Work:
             self._share(node, annotation.output, qconfig)
         else:
             self._insert(node, annotation.output, qconfig, qconfig.activation(), list(node.users))
+
+    def _activations(self, node: fx.Node) -> list[tuple[fx.Node, QuantSpec]]:
+        """What an op reads as integers; of a recurrent module the sequence, not the state."""
+        gm = self.rewriter.gm
+        op, annotation = op_of(gm, node), record_of(node).annotation
+        if op is None or annotation is None or not op.kind.definition:
+            return external_inputs(gm, node, self.is_float)
+        spec = annotation.inputs[0]
+        return [(x, spec) for x in op.activations if spec is not None and self.is_float(gm, x)]
 
     def _taken(self, reader: fx.Node, qconfig: QConfig) -> None:
         """Observe what a module that is quantized on its own takes as quantized tensors."""
@@ -169,15 +180,6 @@ class _Work:
         for reader in readers:
             self.rewriter.replace_argument(reader, value, node)
         self.behind.setdefault(_observed_value(value), []).append((spec, node))
-
-
-def _activations(gm: QuantGraphModule, node: fx.Node) -> list[tuple[fx.Node, QuantSpec]]:
-    """What an op reads as integers; of a recurrent module the sequence, not the state."""
-    op, annotation = op_of(gm, node), record_of(node).annotation
-    if op is None or annotation is None or not op.kind.definition:
-        return external_inputs(gm, node)
-    spec = annotation.inputs[0]
-    return [(x, spec) for x in op.activations if spec is not None and is_float_tensor(gm, x)]
 
 
 def _weight_of_function(gm: QuantGraphModule, node: fx.Node) -> fx.Node | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 from fxquant.errors import ConfigError, did_you_mean
 from fxquant.patterns.batch_norm import BATCH_NORM_ACTIVATION, BATCH_NORM_ACTIVATION_QAT
 from fxquant.patterns.channel_scale import CHANNEL_SCALE
@@ -12,6 +15,7 @@ from fxquant.patterns.convolution_batch_norm import (
     CONVOLUTION_BATCH_NORM_QAT,
 )
 from fxquant.patterns.elementwise import ELEMENTWISE_ACTIVATION
+from fxquant.patterns.guards import not_scalar_operand, unit_alpha
 from fxquant.patterns.linear import LINEAR_ACTIVATION
 from fxquant.patterns.matrix_product import MATRIX_PRODUCT_ACTIVATION
 from fxquant.patterns.pattern import Pattern
@@ -41,6 +45,18 @@ QAT_FUSION_PATTERNS: tuple[Pattern, ...] = (
     *BATCH_NORM_ACTIVATION_QAT,
 )
 """The chains of :data:`FUSION_PATTERNS` while they train."""
+
+
+def with_any_operand(patterns: Iterable[Pattern]) -> tuple[Pattern, ...]:
+    """``patterns``, in which the other operand of an add or mul may be a number, or scaled."""
+    dropped = (not_scalar_operand, unit_alpha)
+    return tuple(
+        replace(pattern, guards=tuple(g for g in pattern.guards if g not in dropped))
+        if pattern in ELEMENTWISE_ACTIVATION
+        else pattern
+        for pattern in patterns
+    )
+
 
 _BY_NAME = {
     pattern.name: pattern for pattern in (*FOLD_PATTERNS, *SCALE_PATTERNS, *FUSION_PATTERNS)

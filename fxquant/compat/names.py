@@ -109,13 +109,18 @@ def get_default_qat_qconfig(backend: str = "x86", version: int = 1) -> QConfig:
 def get_default_qconfig_mapping(backend: str = "x86", version: int = 0) -> QConfigMapping:
     """torch.ao's default mapping for post-training quantization."""
     _check_version(version, (0,))
-    return _own_mapping(_backend(backend))
+    return _with_torch_histogram(_own_mapping(_backend(backend)))
+
+
+def _with_torch_histogram(mapping: QConfigMapping) -> QConfigMapping:
+    mapping.object_type_qconfigs[nn.PReLU] = default_quint8_weight_qconfig
+    return mapping
 
 
 def get_default_qat_qconfig_mapping(backend: str = "x86", version: int = 1) -> QConfigMapping:
     """torch.ao's default mapping for training; see :func:`get_default_qat_qconfig`."""
     _check_version(version, (0, 1))
-    mapping = _own_qat_mapping(_backend(backend))
+    mapping = _with_torch_histogram(_own_qat_mapping(_backend(backend)))
     if version == 1:
         return mapping
     fused, plain = _defaults(backend).qat, get_default_qat_qconfig(backend, 0)

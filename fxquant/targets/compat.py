@@ -9,12 +9,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fxquant.backend_config import BackendConfig
+from fxquant.dataflow import is_presumably_float
 from fxquant.op_view import Op
 from fxquant.targets.allow_list import restrict
 from fxquant.targets.compat_config import compat_backend_config
+from fxquant.targets.guards import surely_floats, zero_padding_mode
 from fxquant.targets.table import Epilogue, OutputPolicy, Role, Row, Target
 from fxquant.targets.x86 import X86
 
+_ABOUT_ANY_FORM = frozenset({zero_padding_mode})
+"""What the function that stands for an op in a reference graph cannot express either."""
 _RELU = {"relu": Epilogue.SATURATION}
 _HALF_RANGE = 127
 """To which torch.ao quantizes at run time on x86, whatever the CPU."""
@@ -25,8 +29,8 @@ def _always(row: Row) -> Row:
     """A row of ``x86`` that is quantized wherever it has a qconfig, whatever its kernel takes."""
     return replace(
         row,
-        guards=() if row.static else row.guards,
-        kernel_guards=row.guards if row.static else (),
+        guards=tuple(guard for guard in row.guards if not row.static or guard in _ABOUT_ANY_FORM),
+        kernel_guards=tuple(g for g in row.guards if row.static and g is not surely_floats),
         output=OutputPolicy.ALWAYS,
         float_output=False,
         epilogues=_RELU if row.kind in _BEFORE_RELU else {},
@@ -105,7 +109,9 @@ def _with_scalar_rows(target: Target) -> Target:
 
 def compat_target(backend_config: BackendConfig) -> Target:
     """The table narrowed to what a backend config allows."""
-    whole = replace(X86, name="x86-compat", rows=_ROWS, rounds_half_inputs=True)
+    whole = replace(
+        X86, name="x86-compat", rows=_ROWS, rounds_half_inputs=True, is_float=is_presumably_float
+    )
     narrowed = restrict(whole, backend_config)
     both = {"add", "mul"} <= narrowed.rows.keys()
     return _with_scalar_rows(narrowed) if both else narrowed

@@ -11,8 +11,9 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 import torch
+from torch import fx
 
-from fxquant.dataflow import is_number
+from fxquant.dataflow import is_float_tensor, is_number
 from fxquant.op_view import Op
 from fxquant.pairing import KernelChoice
 from fxquant.qconfig import QConfig
@@ -131,7 +132,10 @@ class Target:
             one of x86 for each form, and oneDNN's own operators.
         integer_biases: its kernels add the bias to the integer sum, so that it is rounded.
         rounds_half_inputs: reference graphs round the inputs of ops with float16 weights to float16
-            too, as torch.ao's do; kernels read float32.
+            too, as torch.ao's do; kernels read float32. Ops that a backend config has in float16
+            throughout are float ops between such casts.
+        is_float: ``(gm, node)`` -> whether a value is taken for a float tensor; it decides where
+            there are no example inputs.
         select_kernel: ``(op, epilogues, *, integers)`` -> the kernel that will run a convolution or
             linear on this machine, whose sums the weights must not overflow.
         allow: the list of a backend config that the rows were narrowed to, if they were.
@@ -144,6 +148,7 @@ class Target:
     engines: tuple[str, ...] = ()
     integer_biases: bool = False
     rounds_half_inputs: bool = False
+    is_float: Callable[[fx.GraphModule, fx.Node], bool] = is_float_tensor
     select_kernel: Callable[..., KernelChoice] | None = None
     allow: AllowList | None = None
 

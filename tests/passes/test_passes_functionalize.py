@@ -82,6 +82,7 @@ FORMS: dict[str, Function] = {
     "module": nn.ReLU(inplace=True),
     "module unknown to the catalogue": nn.SELU(inplace=True),
     "shape": lambda y: y.unsqueeze_(0),
+    "the shape that it has": lambda y: y.resize_(2, 3),
 }
 
 
@@ -221,6 +222,7 @@ WITHOUT_FORM: dict[str, Function] = {
     "copy_": lambda y: y.copy_(y * 2),
     "lt_ gives floats, lt booleans": lambda y: y.lt_(0.0),
     "out": lambda y: torch.add(y, 1, out=y),
+    "another shape": lambda y: y.resize_(3, 2),
 }
 
 
