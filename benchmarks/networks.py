@@ -102,7 +102,7 @@ class NetworkRecord:
     """What is known about one network.
 
     Attributes:
-        pictures: ``photographs`` or ``seeded``.
+        pictures: ``photographs`` or ``seeded pictures``.
         machine: version of torch and instruction set that it uses.
         coverage: share of the multiply-accumulates that runs int8, 0 to 1.
         floats: ops in FP32 as ``(op, reason, count)``.
@@ -201,7 +201,7 @@ def measure(name: str, *, peers: bool = True) -> NetworkRecord:
     if peers:
         failures = _add_peers(entry, scores)
     return NetworkRecord(
-        pictures="seeded" if entry.images.photos is None else "photographs",
+        pictures="seeded pictures" if entry.images.photos is None else "photographs",
         machine=_machine(),
         coverage=report.mac_coverage,
         floats=_floats(report),
@@ -351,7 +351,7 @@ def page(records: dict[str, NetworkRecord]) -> str:
     return (
         "# Networks in int8\n\n"
         "Networks of torchvision with seeded random weights and batch-norm statistics as if trained"
-        f" ({_join(record.pictures for record in records.values())} pictures), calibrated on"
+        f", shown {_join(record.pictures for record in records.values())}: calibrated on"
         f" {CALIBRATION_IMAGES} pictures and judged on {EVALUATION_IMAGES} others: SQNR of the"
         " logits against the float model, mean over pictures. A random network amplifies noise more"
         " than a trained one, so SQNRs compare quantizers, not networks. (It also gives some"

@@ -52,7 +52,7 @@ def test_memory_where_it_is_not_all_overhead() -> None:
 
 def _record() -> NetworkRecord:
     return NetworkRecord(
-        pictures="seeded",
+        pictures="seeded pictures",
         machine="torch 9",
         coverage=0.995,
         floats=(("mean", "of a scale of its own", 2), ("mean", "nobody reads it", 1)),
