@@ -283,7 +283,11 @@ def _specs(node: fx.Node, op: Op, row: Row, qconfig: QConfig, context: PassConte
                 f"weight {weight.short()} is not served (possible:"
                 f" {', '.join(map(_short, row.weight_dtypes))})"
             )
-        elif weight is not None and row.symmetric_weight and not weight.is_symmetric:
+        elif (
+            weight is not None
+            and row.symmetric_weight
+            and not (weight.is_symmetric or weight.is_float)
+        ):
             problem = (
                 f"weight {weight.short()} is not served: the kernels ignore a weight's zero point"
                 " (possible: torch.per_channel_symmetric, torch.per_tensor_symmetric)"

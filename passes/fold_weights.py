@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.graph_module import QuantGraphModule
+from fxquant.metadata import record_of
 from fxquant.op_view import Op, attribute, op_of
 from fxquant.operators import QUANTIZE, TO_DTYPE
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
@@ -20,6 +21,7 @@ class FoldWeights(Pass):
     """Store the integers, or float16 values, of weights; the float tensor goes.
 
     Functions that read an attribute as their weight have it observed, and quantized, in the graph.
+    Not where an op is in float16 throughout: no kernel reads such a weight.
     """
 
     name: ClassVar[str] = "fold-weights"
@@ -32,7 +34,7 @@ class FoldWeights(Pass):
         for node in list(gm.graph.nodes):
             op = op_of(gm, node)
             step = None if op is None else _rounding_of_weight(op)
-            if step is not None:
+            if step is not None and (step.target is QUANTIZE or _has_kernel(node)):
                 _fold(rewriter, step, node)
         return PassResult(changes=rewriter.finish())
 
@@ -44,6 +46,11 @@ def _rounding_of_weight(op: Op) -> fx.Node | None:
     if not isinstance(step, fx.Node) or step.target not in (QUANTIZE, TO_DTYPE):
         return None
     return step if step.all_input_nodes[0].op == "get_attr" else None
+
+
+def _has_kernel(node: fx.Node) -> bool:
+    annotation = record_of(node).annotation
+    return annotation is not None and any(s is not None and s.is_dynamic for s in annotation.inputs)
 
 
 def _fold(rewriter: GraphRewriter, step: fx.Node, reader: fx.Node) -> None:

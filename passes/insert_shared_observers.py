@@ -15,7 +15,7 @@ from torch import fx
 
 from fxquant.dataflow import is_float_tensor
 from fxquant.graph_module import QuantGraphModule, Stage
-from fxquant.metadata import record_of
+from fxquant.metadata import Annotation, record_of
 from fxquant.observed import spec_of_observer
 from fxquant.op_view import Form, op_of
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
@@ -77,9 +77,7 @@ class _Work:
             return
         for source, spec in self._activations(node):
             self._input(node, source, spec, qconfig, qconfig.activation)
-        weight = _weight_of_function(self.rewriter.gm, node)
-        if weight is not None and annotation.weight is not None:
-            self._weight(node, weight, annotation.weight, qconfig)
+        self._constants(node, annotation, qconfig)
         ends = record.fusion is None or record.fusion.last == node.name
         if not ends or annotation.output is None:
             return
@@ -108,10 +106,20 @@ class _Work:
                     if is_float_tensor(self.rewriter.gm, leaf):
                         self._input(reader, leaf, factory.spec, qconfig, qconfig.activation)
 
-    def _weight(self, reader: fx.Node, weight: fx.Node, spec: QuantSpec, qconfig: QConfig) -> None:
-        """Observe a weight in the graph, where the observer chooses what the op table wants."""
-        if spec_of_observer(qconfig.weight()) == spec:
-            self._input(reader, weight, spec, qconfig, qconfig.weight)
+    def _constants(self, reader: fx.Node, annotation: Annotation, qconfig: QConfig) -> None:
+        """Observe the weight of a function, where the observer chooses what the op table wants.
+
+        Its bias stays as it is, but for a function in float16 throughout.
+        """
+        weight = _constant_of_function(self.rewriter.gm, reader, "weight")
+        spec, activation = annotation.weight, next(iter(annotation.inputs), None)
+        if weight is None or spec is None or spec_of_observer(qconfig.weight()) != spec:
+            return
+        self._input(reader, weight, spec, qconfig, qconfig.weight)
+        bias = _constant_of_function(self.rewriter.gm, reader, "bias")
+        if bias is None or activation is None or not activation.is_float or activation.is_dynamic:
+            return
+        self._input(reader, bias, activation, qconfig, qconfig.activation)
 
     def _input(
         self,
@@ -182,11 +190,11 @@ class _Work:
         self.behind.setdefault(_observed_value(value), []).append((spec, node))
 
 
-def _weight_of_function(gm: QuantGraphModule, node: fx.Node) -> fx.Node | None:
-    """The read of the weight of ``F.linear`` and its like."""
+def _constant_of_function(gm: QuantGraphModule, node: fx.Node, name: str) -> fx.Node | None:
+    """The read of the weight or bias of ``F.linear`` and its like."""
     op = op_of(gm, node)
-    weight = None if op is None or op.form is Form.MODULE else op.arguments.get("weight")
-    return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+    value = None if op is None or op.form is Form.MODULE else op.arguments.get(name)
+    return value if isinstance(value, fx.Node) and value.op == "get_attr" else None
 
 
 def _is_observer(node: fx.Node) -> bool:

@@ -131,7 +131,7 @@ def restrict(target: Target, backend_config: BackendConfig) -> Target:
         name=backend_config.name, patterns=patterns, unhonoured=tuple(dict.fromkeys(unhonoured))
     )
     rows = {
-        kind: _narrowed(row, by_kind[kind], allow)
+        kind: _narrowed(_with_half(row, by_kind[kind], target), by_kind[kind], allow)
         for kind, row in target.rows.items()
         if kind in by_kind
     }
@@ -246,6 +246,17 @@ def _patterns(config: BackendConfig) -> dict[tuple[OpType, ...], AllowedPattern]
 
 
 # -- narrowing the table --------------------------------------------------------------------------
+
+
+def _with_half(row: Row, allowed: list[AllowedPattern], target: Target) -> Row:
+    """``row`` for float16 too, where a config serves it by casts and the target casts."""
+    configs = [config for pattern in allowed for config in pattern.dtype_configs]
+    half = torch.float16
+    asked = any(config.input_dtype is half and not config.is_dynamic for config in configs)
+    if not asked or not target.rounds_half_inputs:
+        return row
+    weights = (*row.weight_dtypes, half) if row.weight_dtypes else ()
+    return replace(row, input_dtypes=(*row.input_dtypes, half), weight_dtypes=weights)
 
 
 def _narrowed(row: Row, allowed: list[AllowedPattern], allow: AllowList) -> Row:
