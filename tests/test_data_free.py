@@ -254,7 +254,7 @@ def test_digits() -> None:
         ("resnet20_cifar10", 96.0, 20.0),
         pytest.param("mobilenetv2_folded", 94.0, 18.0, marks=pytest.mark.slow),
         pytest.param("efficientnet_lite0", 94.0, 17.0, marks=pytest.mark.slow),
-        pytest.param("squeezenet1_1", 90.0, 23.0, marks=pytest.mark.slow),
+        pytest.param("squeezenet1_1", 86.0, 23.0, marks=pytest.mark.slow),
     ],
 )
 def test_real_networks(name: str, least: float, noise: float, data_dir: object) -> None:
