@@ -7,6 +7,7 @@
     |   |-- SpecError                             dtype, range, axis or qscheme cannot be honoured
     |   |-- UnknownKeyError                       a dict holds a key that nobody reads
     |   |-- UnmatchedRuleError (LookupError)      a rule names something the model does not have
+    |   |-- FusedTypesError (LookupError)         ops that become one have different qconfigs
     |   |-- UnsupportedBackendError (AssertionError)  there are no defaults under that name
     |   |-- TableQConfigError (AssertionError)    an embedding trains with a qconfig for others
     |   `-- QConfigMismatchError (AssertionError)  convert asks for something else than prepare did
@@ -65,6 +66,10 @@ class UnknownKeyError(ConfigError):
 
 class UnmatchedRuleError(ConfigError, LookupError):
     """A rule names a module, a regex or a call that the model does not have."""
+
+
+class FusedTypesError(ConfigError, LookupError):
+    """The types of ops that become one module are given different qconfigs."""
 
 
 class TableQConfigError(ConfigError, AssertionError):

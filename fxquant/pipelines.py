@@ -17,7 +17,7 @@ from fxquant.passes.fold_channel_scale import FoldChannelScale
 from fxquant.passes.fold_weights import FoldWeights
 from fxquant.passes.freeze_weights import FreezeWeights
 from fxquant.passes.functionalize import Functionalize
-from fxquant.passes.fuse_patterns import FusePatterns
+from fxquant.passes.fuse_patterns import FusePatterns, TorchFusionRule
 from fxquant.passes.fuse_qat import TORCH_FUSION_PATTERNS, TRANSPOSED, FuseQat
 from fxquant.passes.guard_boundary import GuardBoundary
 from fxquant.passes.inline_modules import InlineModules
@@ -169,7 +169,11 @@ def compat_prepare_pipeline(
             boundary,  # nothing observes what comes quantized
             Functionalize(),  # in-place writes would hide who reads what
             FoldBatchNorm(folded_as_torch),  # weights must be final, and torch's, before that
-            FusePatterns(with_any_operand(FUSION_PATTERNS)),  # values inside are not observed
+            FusePatterns(  # values inside a pattern are not observed
+                with_any_operand(FUSION_PATTERNS),
+                agreement=(),  # torch.ao fuses first and looks for qconfigs then
+                governing=TorchFusionRule(mapping),
+            ),
             Annotate(),  # specs from qconfig and op table
             InsertSharedObservers(),  # one at every quantized value; sharing is by module
         ),
@@ -200,7 +204,9 @@ def compat_qat_prepare_pipeline(
             boundary,  # nothing observes what comes quantized
             Functionalize(),  # in-place writes would hide who reads what
             FuseQat(refused=TRANSPOSED),  # as torch.ao, which has no module for them
-            FusePatterns(TORCH_FUSION_PATTERNS),  # values inside a pattern are not rounded
+            FusePatterns(  # values inside a pattern are not rounded
+                TORCH_FUSION_PATTERNS, agreement=(), governing=TorchFusionRule(mapping)
+            ),
             Annotate(),  # specs from qconfig and op table
             InsertSharedObservers(),  # one at every quantized value; sharing is by module
             TrainWeights(),  # of what is annotated, the weights

@@ -221,8 +221,11 @@ def _training_target(backend_config: Any) -> Target:
 
 
 def _preserve(gm: QuantGraphModule, source: nn.Module, names: list[str]) -> None:
-    """Keep attributes of ``source``, through copies too."""
+    """Keep attributes of ``source``, through copies too, and none that were kept before."""
     kept = {name: getattr(source, name) for name in names if hasattr(source, name)}
+    for name in gm.meta.get(PRESERVED_ATTRIBUTES, {}):
+        if name not in kept and hasattr(gm, name):
+            delattr(gm, name)
     gm.meta[PRESERVED_ATTRIBUTES] = kept
     for name, value in kept.items():
         setattr(gm, name, value)

@@ -105,7 +105,7 @@ class Peers:
         *,
         call: str = "prepare_fx",
     ) -> tuple[fx.GraphModule, list[str]]:
-        """Prepare a copy of ``model``; also what was warned of."""
+        """Prepare a copy of ``model``; also what was warned of, as ``category: message``."""
         configs = self.configs(names)
         options: dict[str, Any] = {}
         if custom is not None:
@@ -116,7 +116,7 @@ class Peers:
             warnings.simplefilter("always")
             given = mapping(configs)
             made = getattr(names, call)(copy.deepcopy(model), given, example_inputs, **options)
-        return made, [str(item.message) for item in caught]
+        return made, [f"{_category(item.category)}: {item.message}" for item in caught]
 
     def convert(
         self,
@@ -209,6 +209,10 @@ def run(model: fx.GraphModule, inputs: tuple[Any, ...]) -> Any:
     """What a model gives for a copy of ``inputs``."""
     with quiet(), torch.no_grad():
         return model(*copy.deepcopy(inputs))
+
+
+def _category(category: type[Warning]) -> str:
+    return "FutureWarning" if issubclass(category, FutureWarning) else category.__name__
 
 
 # -- prepared graphs ------------------------------------------------------------------------------
