@@ -158,8 +158,9 @@ class Peers:
             example_inputs: handed to prepare instead of ``inputs``.
             calibrated: run the prepared models before they are converted.
             quantizes: how many quantize steps the lowered graph has, where the test knows it.
-            lowered_alike: whether torch.ao's lowered graph is an oracle; its reference graph is
-                the one for both of ours where it is not (``docs/differences.md`` says why).
+            lowered_alike: whether torch.ao's lowered graph is an oracle. Where it is not
+                (``docs/differences.md`` says why), our lowered graph must be within one step of the
+                coarsest observer of torch.ao's reference graph.
         """
         given = inputs if example_inputs is ... else example_inputs
         sides = []
@@ -328,12 +329,14 @@ def _compare_outputs(
     expected = run(theirs.reference, inputs)
     assert_same(run(ours.reference, inputs), expected)
     if lowered_alike:
-        expected = run(theirs.lowered, inputs)
-    assert_same(run(ours.lowered, inputs), expected)
+        assert_same(run(ours.lowered, inputs), run(theirs.lowered, inputs))
+        return
+    scales = [scale for _, found, _ in observed_with(ours.prepared) for scale in found]
+    assert_same(run(ours.lowered, inputs), expected, within=max(scales, default=0.0) * 1.001)
 
 
-def assert_same(ours: Any, theirs: Any) -> None:
-    """The same structure of the same values, bit by bit."""
+def assert_same(ours: Any, theirs: Any, within: float = 0.0) -> None:
+    """The same structure of the same values, bit by bit where nothing else is said."""
     left, right = pytree.tree_flatten(ours), pytree.tree_flatten(theirs)
     assert str(left[1]) == str(right[1])
     for mine, other in zip(left[0], right[0], strict=True):
@@ -344,5 +347,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
         assert mine.shape == other.shape
         if not torch.equal(mine, other):
             difference = (mine.to(torch.float64) - other.to(torch.float64)).abs()
-            count, largest = int((difference != 0).sum()), float(difference.max())
-            raise AssertionError(f"{count} of {other.numel()} values differ, by up to {largest}")
+            count, largest = int((difference > within).sum()), float(difference.max())
+            if count:
+                text = f"{count} of {other.numel()} values differ, by up to {largest}"
+                raise AssertionError(text)
