@@ -206,7 +206,7 @@ def test_a_static_reader_of_a_dynamic_linear_gets_integers() -> None:
 def test_vectors_stay_in_float() -> None:
     _, _, int8 = converted(nn.Linear(6, 4), {"": default_dynamic_qconfig}, torch.randn(6))
     assert not any("dynamic" in k for k in kernels(int8))
-    assert "take no vectors" in str(explain(int8))
+    assert "take no vectors" in explain(int8).to_markdown()
 
 
 def test_what_has_no_dynamic_kernel_says_so() -> None:
