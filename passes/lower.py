@@ -44,7 +44,7 @@ class Lower(Pass):
             if record_of(node).gives_quantized:
                 lowering.values[node] = lowering.describing_itself(node)
                 continue
-            if node.target is QUANTIZE and node not in lowering.values:
+            if _gives_bytes(node) and node not in lowering.values:
                 _quantize_float(lowering, node)
                 continue
             site = _site_ending_at(gm, node, groups, lowering)
@@ -138,9 +138,14 @@ def _site_ending_at(
 
 def _only_quantize(node: fx.Node, lowering: Lowering) -> fx.Node | None:
     users = list(node.users)
-    if len(users) == 1 and users[0].target is QUANTIZE and users[0] not in lowering.values:
+    if len(users) == 1 and _gives_bytes(users[0]) and users[0] not in lowering.values:
         return users[0]
     return None
+
+
+def _gives_bytes(node: fx.Node) -> bool:
+    """Whether ``node`` quantizes to uint8, which kernels take; to others, it stays as it is."""
+    return node.target is QUANTIZE and node.args[5] is torch.uint8
 
 
 def _quantize_float(lowering: Lowering, node: fx.Node) -> None:
@@ -172,7 +177,7 @@ def _deliver_floats(lowering: Lowering, nodes: list[fx.Node]) -> None:
     Readers that were lowered themselves get one too; they are dead and go with it.
     """
     for node in nodes:
-        if node.target is QUANTIZE:
+        if _gives_bytes(node):
             value = lowering.values[node]
             for user in list(node.users):
                 if user.target is to_quantized:

@@ -344,10 +344,15 @@ class _SwitchOff:
             add_reason(node, "qconfig_mapping of convert_fx sets it to None")
         for node in list(self.gm.graph.nodes):
             around = [*node.all_input_nodes, *node.users]
-            if is_observer(node) and all(other in switched for other in around):
+            if is_observer(node) and not any(self._is_quantized(other) for other in around):
                 rewriter.replace_uses(node, node.all_input_nodes[0])
                 rewriter.erase(node)
         rewriter.finish()
+
+    def _is_quantized(self, node: fx.Node) -> bool:
+        record = record_of(node)
+        nested = record.takes_quantized or record.gives_quantized
+        return is_observer(node) or record.annotation is not None or bool(nested)
 
     def _head(self, node: fx.Node) -> str:
         fusion = record_of(node).fusion

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from fxquant.backend_config import BackendConfig
 from fxquant.dataflow import is_presumably_float
 from fxquant.op_view import Op
@@ -19,6 +21,8 @@ from fxquant.targets.x86 import X86
 
 _ABOUT_ANY_FORM = frozenset({zero_padding_mode})
 """What the function that stands for an op in a reference graph cannot express either."""
+_INTEGERS = (torch.uint8, torch.int8, torch.int32)
+"""What a backend config may ask for; kernels take uint8, others stay as in the reference graph."""
 _RELU = {"relu": Epilogue.SATURATION}
 _HALF_RANGE = 127
 """To which torch.ao quantizes at run time on x86, whatever the CPU."""
@@ -87,8 +91,8 @@ _MORE: tuple[Row, ...] = (
 )
 
 _ROWS = {
-    **{kind: _always(row) for kind, row in X86.rows.items() if row.role is not Role.FLOAT},
-    **{row.kind: row for row in _MORE},
+    row.kind: replace(row, input_dtypes=_INTEGERS)
+    for row in (*(_always(r) for r in X86.rows.values() if r.role is not Role.FLOAT), *_MORE)
 }
 
 

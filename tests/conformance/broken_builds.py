@@ -7,7 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-import fxquant.compat
+from fxquant.compat import (
+    MovingAverageMinMaxObserver,
+    QConfig,
+    default_per_channel_weight_observer,
+)
 from fxquant.graph_module import QuantGraphModule, Stage
 from fxquant.pass_manager import PassContext, PassResult
 from fxquant.passes.insert_shared_observers import InsertSharedObservers
@@ -31,7 +35,10 @@ def without_observers(patch: pytest.MonkeyPatch) -> None:
 def without_qconfigs(patch: pytest.MonkeyPatch) -> None:
     """Every op has one qconfig, which no test asks for."""
     propagate = PropagateQConfigs.run
-    other = fxquant.compat.default_per_channel_symmetric_qnnpack_qconfig
+    other = QConfig(
+        activation=MovingAverageMinMaxObserver.with_args(quant_min=0, quant_max=250),
+        weight=default_per_channel_weight_observer,
+    )
 
     def run(self: PropagateQConfigs, gm: QuantGraphModule, context: PassContext) -> PassResult:
         ignoring = replace(self, mapping=QConfigMapping().set_global(other))
