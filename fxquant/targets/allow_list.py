@@ -104,8 +104,12 @@ class AllowList:
             norm: type of the batch-norm.
             follower: type of the op behind, where there is one.
         """
-        chains = [(base, norm)] if follower is None else [(base, norm), (base, norm, follower)]
-        return any(chain in self.patterns and self.patterns[chain].fuses for chain in chains)
+        wanted = (base, norm, follower)
+        return any(
+            pattern.fuses and types[:3] == wanted[: min(len(types), 3)]
+            for types, pattern in self.patterns.items()
+            if len(types) > 1
+        )
 
 
 def restrict(target: Target, backend_config: BackendConfig) -> Target:

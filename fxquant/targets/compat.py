@@ -16,17 +16,15 @@ from fxquant.op_view import Op
 from fxquant.targets.allow_list import restrict
 from fxquant.targets.compat_config import compat_backend_config
 from fxquant.targets.guards import surely_floats, zero_padding_mode
-from fxquant.targets.table import Epilogue, OutputPolicy, Role, Row, Target
+from fxquant.targets.table import OutputPolicy, Role, Row, Target
 from fxquant.targets.x86 import X86
 
 _ABOUT_ANY_FORM = frozenset({zero_padding_mode})
 """What the function that stands for an op in a reference graph cannot express either."""
 _INTEGERS = (torch.uint8, torch.int8, torch.int32)
 """What a backend config may ask for; kernels take uint8, others stay as in the reference graph."""
-_RELU = {"relu": Epilogue.SATURATION}
 _HALF_RANGE = 127
 """To which torch.ao quantizes at run time on x86, whatever the CPU."""
-_BEFORE_RELU = frozenset({f"conv{d}d" for d in (1, 2, 3)} | {"linear", "add", "mul", "batch_norm"})
 
 
 def _always(row: Row) -> Row:
@@ -37,7 +35,6 @@ def _always(row: Row) -> Row:
         kernel_guards=tuple(g for g in row.guards if row.static and g is not surely_floats),
         output=OutputPolicy.ALWAYS,
         float_output=False,
-        epilogues=_RELU if row.kind in _BEFORE_RELU else {},
         dynamic_quant_max=_HALF_RANGE,
     )
 

@@ -22,6 +22,7 @@ import torch.ao.quantization.fx.custom_config as tq_custom
 import torch.ao.quantization.observer as tq_observer
 import torch.ao.quantization.qconfig as tq_qconfig
 import torch.ao.quantization.quantize_fx as tq_fx
+import torch.ao.quantization.utils as tq_utils
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
@@ -45,7 +46,7 @@ class Names:
         raise AttributeError(f"{self.library} has no {name!r}")
 
 
-THEIRS = Names("torch.ao", (tq, tq_fx, tq_backend, tq_custom, tq_qconfig, tq_observer))
+THEIRS = Names("torch.ao", (tq, tq_fx, tq_backend, tq_custom, tq_qconfig, tq_observer, tq_utils))
 OURS = Names("fxquant", (fxquant.compat,))
 
 #: Builds a config out of the names of either library; called once for each side.
