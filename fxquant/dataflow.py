@@ -78,6 +78,7 @@ _READS_TENSOR_FIRST = frozenset(
     {"view", "reshape", "permute", "repeat", "repeat_interleave", "expand", "transpose", "flatten"}
     | {"squeeze", "unsqueeze", "narrow", "select", "masked_fill", "masked_fill_", "masked_select"}
 )
+_ARITHMETIC = frozenset({"add", "sub", "mul", "floordiv", "truediv", "mod", "neg"})
 _KEEPS_MEANING = frozenset({"unsqueeze", "squeeze", "view", "reshape", "expand", "to"})
 
 
@@ -85,6 +86,8 @@ def _is_mask_or_size(node: fx.Node) -> bool:
     """Whether some reader takes ``node``, perhaps in another shape, for a mask, index or size."""
     for user in node.users:
         target = user.target if user.op == "call_method" else getattr(user.target, "__name__", "")
+        if target in _ARITHMETIC and _is_mask_or_size(user):
+            return True
         if target not in _READS_TENSOR_FIRST:
             continue
         if not user.args or user.args[0] is not node:

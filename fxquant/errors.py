@@ -9,6 +9,7 @@
     |   |-- UnmatchedRuleError (LookupError)      a rule names something the model does not have
     |   |-- FusedTypesError (LookupError)         ops that become one have different qconfigs
     |   |-- UnsupportedBackendError (AssertionError)  there are no defaults under that name
+    |   |-- ChannelWeightError (AssertionError)   a transposed convolution gets scales per channel
     |   |-- TableQConfigError (AssertionError)    an embedding trains with a qconfig for others
     |   `-- QConfigMismatchError (AssertionError)  convert asks for something else than prepare did
     |-- MissingExampleInputsError (TypeError)     prepare_fx was called without example inputs
@@ -70,6 +71,10 @@ class UnmatchedRuleError(ConfigError, LookupError):
 
 class FusedTypesError(ConfigError, LookupError):
     """The types of ops that become one module are given different qconfigs."""
+
+
+class ChannelWeightError(ConfigError, AssertionError):
+    """A qconfig asks for weights per channel where torch.ao has none."""
 
 
 class TableQConfigError(ConfigError, AssertionError):

@@ -28,6 +28,12 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """The same numbers in modules that test files make at import, whichever files are collected."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """The same numbers in every run, whichever tests ran before."""

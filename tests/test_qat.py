@@ -424,9 +424,14 @@ def test_dynamic(linear: nn.Module) -> None:
     ("qconfig", "levels"),
     [(default_embedding_qat_qconfig, 255), (default_embedding_qat_qconfig_4bit, 15)],
 )
-@pytest.mark.parametrize("table", [nn.Embedding(10, 4), nn.EmbeddingBag(10, 4, mode="sum")])
-def test_tables(table: nn.Module, qconfig: QConfig, levels: int) -> None:
-    ids = torch.tensor([[1, 2], [9, 0]])
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("seed", [0, 84])
+def test_tables(
+    kind: type[nn.Embedding] | type[nn.EmbeddingBag], qconfig: QConfig, levels: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    table = kind(10, 4)
+    ids = torch.tensor([[1, 2], [9, 0]] if kind is nn.Embedding else [[1], [2], [9], [0]])
     for prepare, convert in (
         (prepare_qat_fx, convert_fx),
         (compat.prepare_qat_fx, compat.convert_fx),
@@ -439,11 +444,21 @@ def test_tables(table: nn.Module, qconfig: QConfig, levels: int) -> None:
             prepared(ids).square().sum().backward()
             optimizer.step()
         expected = prepared.eval()(ids)
+        fake = next(m for m in prepared.modules() if isinstance(m, FakeQuantize))
+        scale, zero_point = (
+            t[ids].reshape(*expected.shape[:-1], 1) for t in fake.calculate_qparams()
+        )
+        weight = next(p for p in prepared.parameters() if p.shape == (10, 4)).detach()
+        steps = weight[ids].reshape(expected.shape) / scale + zero_point
         int8 = convert(prepared)
         assert [b.dtype for n, b in int8.named_buffers() if n.endswith("weight")] == [torch.uint8]
-        # 4-bit kernels keep scales and offsets in float16, of 11 bits.
-        bound = 1e-6 if levels == 255 else float(expected.abs().max().detach()) / 500
-        torch.testing.assert_close(int8(ids), expected, rtol=0, atol=bound)
+        # 4-bit kernels keep scales and offsets in float16, of 11 bits: levels move by at most 15
+        # rounded scales and an offset, and what lies as near to a tie may round the other way.
+        moved = 0.0 if levels == 255 else 2**-11 * (15 + float(zero_point.abs().max()))
+        is_tie = (steps - steps.floor() - 0.5).abs() <= moved
+        bound = 1e-6 + scale * (moved + is_tie)
+        assert bool(((int8(ids) - expected).abs() <= bound).all())
+        assert float(is_tie.float().mean()) < 0.25
 
 
 @pytest.mark.statement("S8.5b")

@@ -12,7 +12,9 @@ import torch
 
 from fxquant.backend_config import BackendConfig
 from fxquant.dataflow import is_presumably_float
-from fxquant.op_view import Op
+from fxquant.errors import ChannelWeightError
+from fxquant.op_view import Form, Op
+from fxquant.qconfig import QConfig, spec_of
 from fxquant.targets.allow_list import restrict
 from fxquant.targets.compat_config import compat_backend_config
 from fxquant.targets.guards import surely_floats, zero_padding_mode
@@ -36,6 +38,20 @@ def _always(row: Row) -> Row:
         output=OutputPolicy.ALWAYS,
         float_output=False,
         dynamic_quant_max=_HALF_RANGE,
+    )
+
+
+def _no_channels(op: Op, qconfig: QConfig) -> str | None:
+    """Refuse weights per channel as torch.ao does, by an error."""
+    factory = spec_of(qconfig.weight)
+    if factory is None or factory.spec is None or not factory.spec.is_per_channel:
+        return None
+    is_module = op.form is Form.MODULE
+    name = type(op.owner.get_submodule(str(op.node.target))).__name__ if is_module else op.name
+    raise ChannelWeightError(
+        f"Per channel weight observer is not supported yet for {name} ({op.node.name!r}). Set a"
+        " qconfig with a per-tensor weight for this type, as get_default_qconfig_mapping does, or"
+        " use fxquant.prepare_fx, which takes one scale for the whole weight"
     )
 
 
@@ -88,7 +104,11 @@ _MORE: tuple[Row, ...] = (
 )
 
 _ROWS = {
-    row.kind: replace(row, input_dtypes=_INTEGERS)
+    row.kind: replace(
+        row,
+        input_dtypes=_INTEGERS,
+        qconfig_guards=(_no_channels,) if row.kind.startswith("conv_transpose") else (),
+    )
     for row in (*(_always(r) for r in X86.rows.values() if r.role is not Role.FLOAT), *_MORE)
 }
 
