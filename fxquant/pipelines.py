@@ -17,6 +17,7 @@ from fxquant.passes.fold_channel_scale import FoldChannelScale
 from fxquant.passes.fold_weights import FoldWeights
 from fxquant.passes.freeze_weights import FreezeWeights
 from fxquant.passes.functionalize import Functionalize
+from fxquant.passes.fuse_listed import FuseListed
 from fxquant.passes.fuse_patterns import FusePatterns, TorchFusionRule
 from fxquant.passes.fuse_qat import TORCH_FUSION_PATTERNS, TRANSPOSED, FuseQat
 from fxquant.passes.guard_boundary import GuardBoundary
@@ -46,6 +47,7 @@ def fuse_pipeline() -> Pipeline:
     return Pipeline(
         "fuse",
         (
+            FuseListed(),  # the user's functions come before ours
             Functionalize(),  # in-place writes would hide who reads what
             RemoveIdentities(),  # dropout and identity would stand between pattern members
             FoldBatchNorm(),  # weights must be final before they are observed
@@ -167,6 +169,7 @@ def compat_prepare_pipeline(
             PropagateQConfigs(mapping, known_paths),  # rules name the ops that the user wrote
             nest,  # by qconfig; what is in them is no matter of this graph
             boundary,  # nothing observes what comes quantized
+            FuseListed(),  # the user's functions come before ours
             Functionalize(),  # in-place writes would hide who reads what
             FoldBatchNorm(folded_as_torch),  # weights must be final, and torch's, before that
             FusePatterns(  # values inside a pattern are not observed
@@ -202,6 +205,7 @@ def compat_qat_prepare_pipeline(
             PropagateQConfigs(mapping, known_paths),  # rules name the ops that the user wrote
             nest,  # by qconfig; what is in them is no matter of this graph
             boundary,  # nothing observes what comes quantized
+            FuseListed(trains=True),  # the user's functions come before ours
             Functionalize(),  # in-place writes would hide who reads what
             FuseQat(refused=TRANSPOSED),  # as torch.ao, which has no module for them
             FusePatterns(  # values inside a pattern are not rounded

@@ -9,6 +9,8 @@ import torch
 from torch import fx
 from torch.nn.utils.parametrize import is_parametrized
 
+from fxquant.backend_config import ObservationType
+from fxquant.backend_fit import Misfit, fitting
 from fxquant.dataflow import (
     has_float_input,
     looks_up,
@@ -123,21 +125,9 @@ def _plan(
             add_reason(node, f"no qconfig: {record.rule}")
         return None
     op = op_of(gm, node)
-    kind = kind_of(gm, node)
     row = context.target.row_of(op) if op is not None else None
     if op is None or row is None:
-        name = kind.name if kind is not None else str(getattr(node.target, "__name__", node.target))
-        if node.op == "call_module":
-            module = gm.get_submodule(str(node.target))
-            name = type(module).__name__
-            if is_parametrized(module):
-                add_reason(
-                    node,
-                    f"module {str(node.target)!r} computes its weight at every call; call"
-                    " torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') before",
-                )
-                return None
-        add_reason(node, NO_INT8_KERNEL.format(kind=name))
+        _without_row(gm, node, record.qconfig, context)
         return None
     if row.role is Role.FLOAT:
         add_reason(node, row.reason)
@@ -158,6 +148,43 @@ def _plan(
         _warn_unhonoured(node, op, reason, context)
         return None
     return _specs(node, op, row, record.qconfig, context)
+
+
+def _without_row(
+    gm: QuantGraphModule, node: fx.Node, qconfig: QConfig, context: PassContext
+) -> None:
+    """Say why an op that the target does not know stays in floating point."""
+    kind = kind_of(gm, node)
+    name = kind.name if kind is not None else str(getattr(node.target, "__name__", node.target))
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        name = type(module).__name__
+        if _quantized_around(node, type(module), qconfig, context):
+            return
+        if is_parametrized(module):
+            add_reason(
+                node,
+                f"module {str(node.target)!r} computes its weight at every call; call"
+                " torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') before",
+            )
+            return
+    add_reason(node, NO_INT8_KERNEL.format(kind=name))
+
+
+def _quantized_around(node: fx.Node, kind: type, qconfig: QConfig, context: PassContext) -> bool:
+    """Quantize what a module reads and gives that a backend config lists and no kernel serves."""
+    allow = context.target.allow
+    pattern = None if allow is None else allow.modules.get(kind)
+    factory = spec_of(qconfig.activation)
+    if pattern is None or factory is None or factory.spec is None or factory.spec.is_dynamic:
+        return False
+    if isinstance(fitting(qconfig, pattern.dtype_configs, weighted=False), Misfit):
+        return False
+    add_reason(node, f"{kind.__name__} has no int8 kernel; it runs between quantized values")
+    shares = pattern.observation is ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT
+    inputs = (factory.spec,) * len(node.all_input_nodes)
+    update_record(node, annotation=Annotation(inputs=inputs, output=factory.spec, shares=shares))
+    return True
 
 
 def _decided_elsewhere(record: NodeRecord, context: PassContext) -> bool:

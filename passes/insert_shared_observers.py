@@ -87,13 +87,17 @@ class _Work:
             self._insert(node, annotation.output, qconfig, qconfig.activation(), list(node.users))
 
     def _activations(self, node: fx.Node) -> list[tuple[fx.Node, QuantSpec]]:
-        """What an op reads as integers; of a recurrent module the sequence, not the state."""
+        """What an op reads as integers; of a recurrent module the sequence, not the state.
+
+        A module that no kernel serves and that a backend config lists reads all it is given.
+        """
         gm = self.rewriter.gm
         op, annotation = op_of(gm, node), record_of(node).annotation
-        if op is None or annotation is None or not op.kind.definition:
+        if annotation is None or (op is not None and not op.kind.definition):
             return external_inputs(gm, node, self.is_float)
         spec = annotation.inputs[0]
-        return [(x, spec) for x in op.activations if spec is not None and self.is_float(gm, x)]
+        sources = node.all_input_nodes if op is None else op.activations
+        return [(x, spec) for x in sources if spec is not None and self.is_float(gm, x)]
 
     def _taken(self, reader: fx.Node, qconfig: QConfig) -> None:
         """Observe what a module that is quantized on its own takes as quantized tensors."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxquant.backend_config import BackendConfig, BackendPatternConfig, ObservationType
 from fxquant.backend_fit import Misfit, fitting, misfit
@@ -86,11 +86,16 @@ class AllowList:
         name: the config's.
         patterns: chain of op types -> what is allowed for it.
         unhonoured: what the target does not do, in the order of the config.
+        fusions: patterns that a function of the user's makes one module of.
+        modules: module classes that no kernel is known for -> what is allowed for them: they run in
+            floating point, and what they read and give is quantized.
     """
 
     name: str
     patterns: Mapping[tuple[OpType, ...], AllowedPattern]
     unhonoured: tuple[Unhonoured, ...] = ()
+    fusions: tuple[BackendPatternConfig, ...] = ()
+    modules: Mapping[type, AllowedPattern] = field(default_factory=dict)
 
     def pattern_of(self, types: tuple[OpType, ...]) -> AllowedPattern | None:
         """What is allowed for a chain of op types, or ``None``."""
@@ -132,7 +137,11 @@ def restrict(target: Target, backend_config: BackendConfig) -> Target:
         for entry in _unhonoured(target, config, patterns, _made_classes(backend_config))
     ]
     allow = AllowList(
-        name=backend_config.name, patterns=patterns, unhonoured=tuple(dict.fromkeys(unhonoured))
+        name=backend_config.name,
+        patterns=patterns,
+        unhonoured=tuple(dict.fromkeys(unhonoured)),
+        fusions=tuple(c for c in backend_config.configs if _is_users(c.fuser_method)),
+        modules=_modules(backend_config),
     )
     rows = {
         kind: _narrowed(_with_half(row, by_kind[kind], target), by_kind[kind], allow)
@@ -214,6 +223,21 @@ def _made_classes(config: BackendConfig) -> frozenset[type]:
     """Classes that fusing and training put in the place of others: no model is written in them."""
     found = (made for c in config.configs for made in (c.fused_module, c.qat_module))
     return frozenset(made for made in found if made is not None)
+
+
+def _modules(config: BackendConfig) -> dict[type, AllowedPattern]:
+    """Module classes that are listed alone and that the catalogue does not have."""
+    found = {}
+    for entry in config.configs:
+        op = entry.pattern
+        if isinstance(op, type) and issubclass(op, nn.Module) and _kind(op) is None:
+            found[op] = AllowedPattern(
+                types=(op,),
+                kinds=(op.__name__,),
+                dtype_configs=tuple(entry.dtype_configs),
+                observation=entry.observation_type,
+            )
+    return found
 
 
 def _patterns(config: BackendConfig) -> dict[tuple[OpType, ...], AllowedPattern]:
@@ -335,6 +359,8 @@ def _unhonoured(
     made: frozenset[type],
 ) -> Iterator[Unhonoured]:
     types = config.forward.types
+    if _is_users(config.fuser_method):
+        return
     if types is None:
         shown = f"{config.forward} as one op"
         yield _entry((config.forward.op,), shown, "chains of ops only")
@@ -355,9 +381,6 @@ def _unhonoured(
     later = [kind for kind in pattern.kinds[1:] if kind not in row.epilogues]
     if [kind for kind in later if kind != "batch_norm"]:
         yield _entry(types, "one op", "each op on its own")
-    if config.fuser_method is not None and not _is_torch_ao(config.fuser_method):
-        name = getattr(config.fuser_method, "__name__", "a function")
-        yield _entry(types, f"fused by {name}()", "the target's own fusion")
     yield from _unhonoured_observation(pattern, row)
     for dtype_config in pattern.dtype_configs:
         reason = _unserved(dtype_config, row)
@@ -374,8 +397,10 @@ def _float(types: tuple[OpType, ...], why: str) -> Unhonoured:
     return replace(_entry(types, "it quantized", f"FP32 ({why})"), stays_float=True)
 
 
-def _is_torch_ao(function: object) -> bool:
-    return str(getattr(function, "__module__", "")).startswith("torch.ao.")
+def _is_users(fuser_method: object) -> bool:
+    """Whether a fuser method is neither torch.ao's nor ours, whose fusions the passes know."""
+    module = str(getattr(fuser_method, "__module__", ""))
+    return fuser_method is not None and not module.startswith(("torch.ao.", "fxquant."))
 
 
 def _unhonoured_observation(pattern: AllowedPattern, row: Row) -> Iterator[Unhonoured]:

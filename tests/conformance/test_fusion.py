@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.ao.nn.intrinsic as nni
+import torch.ao.nn.quantized.reference as nnqr
 import torch.nn.functional as F
 from torch import nn
 
-from fxquant.metadata import record_of
+from fxquant.errors import ConfigError
 from tests.conformance.harness import (
     OURS,
     THEIRS,
+    Build,
     Names,
     Peers,
     assert_same,
@@ -267,50 +270,149 @@ def test_the_fused_op_has_the_first_name(peers: Peers, nested: bool) -> None:
             assert calls[bool("process" in calls[0])] == f"{path}first"
 
 
-@pytest.mark.statement("S4.6a")
-def test_custom_patterns(peers: Peers) -> None:
-    """A chain with a wildcard, fused by a function of the user's; only torch.ao calls it."""
-    import torch.ao.nn.intrinsic as nni
+class Fused(nni.ConvReLU2d):
+    """A convolution, a batch-norm, an add and a relu as one."""
 
-    class Fused(nni.ConvReLU2d):
-        """A convolution, a batch-norm, an add and a relu as one."""
+
+def _residual(add: Any, *, sequence: bool = False) -> Build:
+    """A backend config with ``relu(x + bn(conv))``, which a function of the user's fuses."""
 
     def fuse(is_qat: bool, relu: Any, add_pattern: Any) -> nn.Module:
-        _, _, bn_conv = add_pattern
-        _, base = bn_conv
-        return Fused(base, relu)
+        assert not is_qat
+        assert isinstance(relu, nn.ReLU)
+        function, _, (norm, base) = add_pattern
+        assert function is add
+        assert isinstance(norm, nn.BatchNorm2d)
+        return nni.ConvReLU2d(base, relu) if sequence else Fused(base, relu)
 
     def backend(names: Names) -> Any:
-        match_all = names.MatchAllNode
         dtypes = [names.DTypeConfig(torch.quint8, torch.quint8, torch.qint8, torch.float)]
         pattern = names.BackendPatternConfig()
         pattern._set_pattern_complex_format(
-            (nn.ReLU, (operator.add, match_all, (nn.BatchNorm2d, nn.Conv2d)))
+            (nn.ReLU, (add, names.MatchAllNode, (nn.BatchNorm2d, nn.Conv2d)))
         )
-        pattern.set_dtype_configs(dtypes).set_fuser_method(fuse).set_fused_module(Fused)
-        pattern._set_root_node_getter(lambda nodes: nodes[1][2][1])
-        pattern._set_extra_inputs_getter(lambda nodes: [nodes[1][1]])
+        made = nni.ConvReLU2d if sequence else Fused
+        pattern.set_dtype_configs(dtypes).set_fuser_method(fuse).set_fused_module(made)
+        if not sequence:
+            pattern._set_root_node_getter(lambda nodes: nodes[1][2][1])
+            pattern._set_extra_inputs_getter(lambda nodes: [nodes[1][1]])
         own = names.ObservationType.OUTPUT_USE_DIFFERENT_OBSERVER_AS_INPUT
-        single = names.BackendPatternConfig(Fused).set_dtype_configs(dtypes)
-        single.set_observation_type(own)
         config = names.BackendConfig("mine").set_backend_pattern_config(pattern)
-        return config.set_backend_pattern_config(single)
+        for chain in (made, nn.Conv2d, (nn.Conv2d, nn.ReLU)):
+            single = names.BackendPatternConfig(chain).set_dtype_configs(dtypes)
+            single.set_root_module(nn.Conv2d).set_reference_quantized_module(nnqr.Conv2d)
+            config.set_backend_pattern_config(single.set_observation_type(own))
+        return config
+
+    return backend
+
+
+class Joined(nn.Module):
+    """A residual sum that both libraries' users fuse."""
+
+    def __init__(self, add: Any = operator.add) -> None:
+        super().__init__()
+        self.a, self.bn, self.relu = conv(padding=1), nn.BatchNorm2d(3), nn.ReLU()
+        self.pool, self.add = nn.MaxPool2d(3, 1, 1), add
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.relu(self.add(self.pool(x), self.bn(self.a(x))))
+        return y
+
+
+@pytest.mark.statement("S4.6a")
+@pytest.mark.parametrize("add", [operator.add, torch.add], ids=["operator", "torch"])
+def test_functions_of_the_user_fuse(peers: Peers, add: Any) -> None:
+    """The conv is called with both operands, as its own ``forward`` would need."""
+    model = lively(Joined(add)).eval()
+    made = {}
+    for names in (THEIRS, OURS):
+        with quiet():
+            config = _residual(add)(peers.configs(names))
+            made[names] = names.fuse_fx(copy.deepcopy(model), backend_config=config)
+        assert type(made[names].a) is Fused
+        assert not hasattr(made[names], "bn")
+        assert not hasattr(made[names], "relu")
+        (call,) = (n for n in made[names].graph.nodes if n.target == "a")
+        assert [argument.name for argument in call.args] == ["x", "pool"]
+    assert made[OURS].a[0].weight is not model.a.weight
+    theirs, _ = peers.prepare(
+        THEIRS, model, (X,), everywhere("default_qconfig"), backend=_residual(add)
+    )
+    ours, _ = peers.prepare(
+        OURS, model, (X,), everywhere("default_qconfig"), backend=_residual(add)
+    )
+    assert placement(ours) == placement(theirs)
+    assert len(placement(ours)) == 3
+    peers.compare(nn.Sequential(conv()).eval(), (X,), everywhere("default_qconfig"))
+
+
+@pytest.mark.statement("S4.6a")
+def test_what_the_user_fuses_is_quantized_and_lowered(peers: Peers) -> None:
+    """Without a getter of inputs the other operand is dropped: that is what the function says."""
+    done = peers.compare(
+        lively(Joined()).eval(),
+        (X,),
+        everywhere("default_qconfig"),
+        backend=_residual(operator.add, sequence=True),
+        convert=lambda names: {"backend_config": _residual(operator.add, sequence=True)(names)},
+        quantizes=1,
+    )
+    assert len(placement(done.ours.prepared)) == 2
+
+
+@pytest.mark.statement("S4.6a")
+def test_an_operand_that_may_be_anything_is_fused_with_what_is_before_it(peers: Peers) -> None:
+    def residual(is_qat: bool, relu: nn.Module, add_pattern: Any) -> nn.Module:
+        _, base, _ = add_pattern
+        return base  # type: ignore[no-any-return]  # a tuple of anything
+
+    def backend(names: Names) -> Any:
+        chain = names.BackendPatternConfig((nn.Conv2d, nn.ReLU))
+        chain.set_fuser_method(lambda is_qat, base, relu: base)
+        tree = names.BackendPatternConfig().set_fuser_method(residual)
+        tree._set_pattern_complex_format((nn.ReLU, (torch.add, nn.Conv2d, names.MatchAllNode)))
+        tree._set_root_node_getter(lambda nodes: nodes[1][1])
+        tree._set_extra_inputs_getter(lambda nodes: [nodes[1][2]])
+        config = names.BackendConfig().set_backend_pattern_config(chain)
+        return config.set_backend_pattern_config(tree)
 
     model = Calls(
-        lambda s, x: s.relu(x + s.bn(s.a(x))),
-        a=conv(padding=1),
-        bn=nn.BatchNorm2d(3),
-        relu=nn.ReLU(),
-    )
-    mapping = everywhere("default_qconfig")
-    theirs, _ = peers.prepare(THEIRS, model, (X,), mapping, backend=backend)
-    ours, _ = peers.prepare(OURS, model, (X,), mapping, backend=backend)
-    assert type(theirs.a).__name__ == "Fused"
-    assert placement(ours) == placement(theirs)
-    assert len(placement(ours)) == 2
-    assert not hasattr(ours, "bn")
-    (last,) = (n for n in ours.graph.nodes if n.target == "relu")
-    fusion = record_of(last).fusion
-    assert fusion is not None
-    assert fusion.first == "a"
-    peers.compare(nn.Sequential(conv()).eval(), (X,), mapping)
+        lambda s, x: s.r2(torch.add(s.b(x), s.r1(s.a(x)))),
+        a=conv(),
+        b=conv(),
+        r1=nn.ReLU(),
+        r2=nn.ReLU(),
+    ).eval()
+    for names in (THEIRS, OURS):
+        with quiet():
+            fused = names.fuse_fx(
+                copy.deepcopy(model), backend_config=backend(peers.configs(names))
+            )
+        calls = [(n.target, len(n.args)) for n in fused.graph.nodes if n.op == "call_module"]
+        assert calls == [("a", 1), ("b", 2)]
+        assert not hasattr(fused, "r1")
+        assert not hasattr(fused, "r2")
+    peers.compare(model, (X,))
+
+
+WRONG: dict[str, Any] = {
+    "no-module": (lambda is_qat, *modules: 3, None, None, "returned 3"),
+    "no-root": (lambda is_qat, base, relu: base, lambda nodes: nodes[0], None, "no module of"),
+    "no-node": (lambda is_qat, base, relu: base, None, lambda nodes: [1], "returned 1"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_function_that_returns_something_else(peers: Peers, case: str) -> None:
+    method, root, extra, message = WRONG[case]
+    pattern = OURS.BackendPatternConfig((nn.Conv2d, F.relu)).set_fuser_method(method)
+    if root is not None:
+        pattern._set_root_node_getter(root)
+    if extra is not None:
+        pattern._set_extra_inputs_getter(extra)
+    backend = OURS.BackendConfig().set_backend_pattern_config(pattern)
+    model = Calls(lambda s, x: F.relu(s.a(x)), a=conv()).eval()
+    with pytest.raises(ConfigError, match=message):
+        OURS.fuse_fx(model, backend_config=backend)
+    peers.compare(model, (X,))
