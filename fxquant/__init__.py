@@ -16,6 +16,8 @@ from fxquant._version import __version__
 from fxquant.artifact import load, save
 from fxquant.audit import AuditReport, assert_int8, audit
 from fxquant.calibration import calibrate
+from fxquant.comparison.compare import compare
+from fxquant.comparison.report import CompareReport, CompareRow, Fault
 from fxquant.errors import (
     ArtifactError,
     CalibrationError,
@@ -133,6 +135,8 @@ __all__ = [
     "CalibrationWarning",
     "CaptureError",
     "CaptureWarning",
+    "CompareReport",
+    "CompareRow",
     "ConfigError",
     "ConfigWarning",
     "CoverageError",
@@ -141,6 +145,7 @@ __all__ = [
     "Explanation",
     "FakeQuantize",
     "FakeQuantizeBase",
+    "Fault",
     "FixedQParamsFakeQuantize",
     "FixedQParamsObserver",
     "FusedMovingAvgObsFakeQuantize",
@@ -191,6 +196,7 @@ __all__ = [
     "audit",
     "bfloat16_static_qconfig",
     "calibrate",
+    "compare",
     "convert_fx",
     "convert_to_reference_fx",
     "default_dynamic_qat_qconfig",

@@ -168,6 +168,31 @@ def _feed(gm: QuantGraphModule) -> Forward:
     return forward
 
 
+def placing(
+    gm: QuantGraphModule,
+) -> Callable[[object], tuple[tuple[Any, ...], dict[str, Any]]]:
+    """How batches are fed to ``gm`` by the rule of the module's docstring.
+
+    Args:
+        gm: a graph of any stage.
+
+    Returns:
+        A function from a batch to positional and keyword arguments; it raises
+        :class:`CalibrationError` where the batch does not fit.
+    """
+    inputs = _Inputs.of(gm)
+
+    def place(batch: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        try:
+            return inputs.place(batch)
+        except _Misfit as error:
+            raise CalibrationError(
+                f"a batch ({_describe(batch)}) does not fit the model: {error}"
+            ) from error
+
+    return place
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Inputs:
     """The inputs of a model.
