@@ -18,6 +18,12 @@ from fxquant.backend_config import (
 from fxquant.backend_patterns import (
     MatchAllNode,
 )
+from fxquant.compat.backends import (
+    get_fbgemm_backend_config,
+    get_native_backend_config,
+    get_onednn_backend_config,
+    get_qnnpack_backend_config,
+)
 from fxquant.compat.front_door import (
     convert_fx,
     convert_to_reference_fx,
@@ -234,7 +240,11 @@ __all__ = [
     "get_default_qat_qconfig_mapping",
     "get_default_qconfig",
     "get_default_qconfig_mapping",
+    "get_fbgemm_backend_config",
+    "get_native_backend_config",
     "get_observer_state_dict",
+    "get_onednn_backend_config",
+    "get_qnnpack_backend_config",
     "load_observer_state_dict",
     "per_channel_dynamic_qconfig",
     "per_channel_weight_observer_range_neg_127_to_127",

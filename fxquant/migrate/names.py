@@ -22,7 +22,10 @@ MODULES: Final = frozenset(
         ".fake_quantize",
         ".backend_config",
         ".backend_config.backend_config",
+        ".backend_config.fbgemm",
         ".backend_config.native",
+        ".backend_config.onednn",
+        ".backend_config.qnnpack",
         ".fx",
         ".fx.custom_config",
         ".quant_type",
@@ -69,6 +72,10 @@ _CONFIGS: Final = (
     "get_default_qat_qconfig_mapping",
     "get_default_qconfig",
     "get_default_qconfig_mapping",
+    "get_fbgemm_backend_config",
+    "get_native_backend_config",
+    "get_onednn_backend_config",
+    "get_qnnpack_backend_config",
 )
 _QCONFIGS: Final = (
     "default_activation_only_qconfig",
@@ -187,14 +194,10 @@ STAYS: Final[dict[str, str]] = {
     **dict.fromkeys(
         (
             "get_executorch_backend_config",
-            "get_fbgemm_backend_config",
-            "get_onednn_backend_config",
-            "get_qnnpack_backend_config",
             "get_tensorrt_backend_config",
         ),
         _OBJECTS,
     ),
-    "get_native_backend_config": "what fxquant.compat has by default: leave backend_config out",
     "StandaloneModuleConfigEntry": "made by PrepareCustomConfig.set_standalone_module_name",
     **dict.fromkeys(
         (

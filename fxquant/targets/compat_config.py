@@ -87,9 +87,9 @@ def _entry(
     return config.set_observation_type(observation).set_dtype_configs(list(dtypes))
 
 
-def _fused(*pattern: Any, dtypes: Iterable[DTypeConfig]) -> BackendPatternConfig:
-    """A chain that becomes one op before anything is observed."""
-    return _entry(pattern, _OWN, dtypes).set_fuser_method(_fuse)
+def fused(*pattern: Any, dtypes: Iterable[DTypeConfig]) -> BackendPatternConfig:
+    """A chain that becomes one op before anything is observed; without one, it is set later."""
+    return _entry(pattern or None, _OWN, dtypes).set_fuser_method(_fuse)
 
 
 def _fuse(is_qat: bool, *modules: nn.Module) -> nn.Module:
@@ -101,11 +101,11 @@ def _convolutions() -> Iterable[BackendPatternConfig]:
     for module, function, transposed, transposed_function, norm in _CONVOLUTIONS:
         for op in (module, function, transposed, transposed_function):
             yield _entry(op, _OWN, [WEIGHTED])
-        yield _fused(module, norm, dtypes=[WEIGHTED])
-        yield _fused(transposed, norm, dtypes=[WEIGHTED])
+        yield fused(module, norm, dtypes=[WEIGHTED])
+        yield fused(transposed, norm, dtypes=[WEIGHTED])
         for relu in _RELUS:
-            yield _fused(module, relu, dtypes=[WEIGHTED])
-            yield _fused(module, norm, relu, dtypes=[WEIGHTED])
+            yield fused(module, relu, dtypes=[WEIGHTED])
+            yield fused(module, norm, relu, dtypes=[WEIGHTED])
             yield _entry((function, relu), _OWN, [WEIGHTED])
 
 
@@ -113,9 +113,9 @@ def _linears() -> Iterable[BackendPatternConfig]:
     dtypes = [WEIGHTED, DYNAMIC, FLOAT16_DYNAMIC]
     yield _entry(nn.Linear, _OWN, dtypes)
     yield _entry(F.linear, _OWN, dtypes)
-    yield _fused(nn.Linear, nn.BatchNorm1d, dtypes=dtypes)
+    yield fused(nn.Linear, nn.BatchNorm1d, dtypes=dtypes)
     for relu in _RELUS:
-        yield _fused(nn.Linear, relu, dtypes=dtypes)
+        yield fused(nn.Linear, relu, dtypes=dtypes)
         yield _entry((F.linear, relu), _OWN, dtypes)
 
 
@@ -132,7 +132,7 @@ def _norms() -> Iterable[BackendPatternConfig]:
     for norm in (nn.BatchNorm2d, nn.BatchNorm3d):
         yield _entry(norm, _OWN, [UNWEIGHTED])
         for relu in _RELUS:
-            yield _fused(norm, relu, dtypes=[UNWEIGHTED])
+            yield fused(norm, relu, dtypes=[UNWEIGHTED])
     for op in (nn.LayerNorm, F.layer_norm):
         yield _entry(op, _OWN, [NORMALIZING])
 
