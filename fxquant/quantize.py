@@ -94,7 +94,7 @@ def quantize(
                 " model takes: pass example_inputs=(torch.randn(1, 3, 224, 224),) or the like"
             )
     elif example_inputs is None and forward is None:
-        data, example_inputs = _first_inputs(model, data)
+        data, example_inputs = first_inputs(model, data)
     prepared = prepare_fx(
         model,
         qconfig_mapping,
@@ -262,7 +262,7 @@ def estimate_ranges(
     )
 
 
-def _first_inputs(model: nn.Module, data: Iterable[Any]) -> tuple[Iterable[Any], Any]:
+def first_inputs(model: nn.Module, data: Iterable[Any]) -> tuple[Iterable[Any], Any]:
     """The data, untouched, and the inputs in its first batch."""
     iterator = iter(data)
     try:
