@@ -374,22 +374,57 @@ def test_switches_of_torch_ao_reach_their_fake_quantizers_in_our_modules() -> No
         assert len(flags) == 3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+NETWORKS: dict[str, dict[str, Any]] = {
+    "resnet18": {},
+    "resnet50": {},
+    "mobilenet_v2": {},
+    "mobilenet_v3_large": {},
+    "shufflenet_v2_x1_0": {},
+    "googlenet": {"init_weights": False, "aux_logits": False},
+    "inception_v3": {"init_weights": False, "aux_logits": False},
+}
+QUICK = ("resnet18", "shufflenet_v2_x1_0")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in NETWORKS]
+)
 def test_networks_of_torchvision(name: str) -> None:
     from fxquant.models_zoo.torchvision_import import import_torchvision
 
     import_torchvision()
     models = importlib.import_module("torchvision.models.quantization")
-    x = _seeded(2, 3, 64, 64)
+    make, options = getattr(models, name), NETWORKS[name]
+    side = 96 if name == "inception_v3" else 64
     theirs, ours = side_by_side(
-        lambda: getattr(models, name)(quantize=False, num_classes=10), x, default_mapping, own=False
+        lambda: make(quantize=False, num_classes=10, **options),
+        _seeded(2, 3, side, side),
+        default_mapping,
+        own=False,
     )
     assert ours.losses == theirs.losses
     assert ours.counts == theirs.counts
     mine, other = integer_weights(ours), integer_weights(theirs)
     assert len(mine) == len(other) > 20
     assert all(torch.equal(a.flatten(), b.flatten()) for a, b in zip(mine, other, strict=True))
+
+
+@pytest.mark.slow
+def test_auxiliary_results() -> None:
+    from fxquant.models_zoo.torchvision_import import import_torchvision
+
+    import_torchvision()
+    models = importlib.import_module("torchvision.models.quantization")
+    model = models.googlenet(quantize=False, num_classes=10, init_weights=False).train()
+    x = _seeded(2, 3, 96, 96)
+    results = []
+    for library in (torch_fx(), compat):
+        prepared = library.prepare_qat_fx(copy.deepcopy(model), default_mapping(torch_ao()), (x,))
+        torch.manual_seed(1)  # of its dropouts
+        trained = prepared(x)
+        results.append((*trained, *library.convert_fx(prepared.eval())(x)))
+    assert len(results[0]) == 6
+    assert all(torch.equal(mine, other) for mine, other in zip(*results, strict=True))
 
 
 # -- where torch.ao is wrong ----------------------------------------------------------------------
