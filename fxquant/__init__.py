@@ -18,6 +18,7 @@ from fxquant.audit import AuditReport, assert_int8, audit
 from fxquant.calibration import calibrate
 from fxquant.comparison.compare import compare
 from fxquant.comparison.report import CompareReport, CompareRow, Fault
+from fxquant.diff import DiffReport, Gate, diff
 from fxquant.errors import (
     ArtifactError,
     CalibrationError,
@@ -125,6 +126,7 @@ from fxquant.range_rules import (
     PercentileRule,
     TorchHistogramRule,
 )
+from fxquant.run_record import OpRecord, RunRecord, record_run
 from fxquant.specs import QParams, QuantSpec
 from fxquant.target_info import TargetInfo, target_info
 
@@ -141,6 +143,7 @@ __all__ = [
     "ConfigWarning",
     "CoverageError",
     "DataNotFoundError",
+    "DiffReport",
     "EntropyRule",
     "Explanation",
     "FakeQuantize",
@@ -151,6 +154,7 @@ __all__ = [
     "FusedMovingAvgObsFakeQuantize",
     "FxQuantError",
     "FxQuantWarning",
+    "Gate",
     "GraphError",
     "HistogramObserver",
     "LoweringError",
@@ -168,6 +172,7 @@ __all__ = [
     "NotPreparedError",
     "ObserverBase",
     "OnnxEntropyRule",
+    "OpRecord",
     "OpRow",
     "ParityReport",
     "PassContractError",
@@ -182,6 +187,7 @@ __all__ = [
     "QuantSpec",
     "RecordingObserver",
     "ReuseInputObserver",
+    "RunRecord",
     "Runs",
     "ShapeGuardError",
     "SpecError",
@@ -213,6 +219,7 @@ __all__ = [
     "default_qconfig",
     "default_reuse_input_qconfig",
     "default_weight_observer",
+    "diff",
     "disable_fake_quant",
     "disable_observer",
     "enable_fake_quant",
@@ -236,6 +243,7 @@ __all__ = [
     "prepare_qat_fx",
     "quantize",
     "quantize_dynamic",
+    "record_run",
     "save",
     "target_info",
     "update_bn_stats",

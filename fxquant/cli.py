@@ -6,10 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from fxquant._version import __version__
 from fxquant.errors import FxQuantError
 
+_REGRESSED = 1
 _FAILED = 2
 _INTERRUPTED = 130
 
@@ -21,13 +23,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: what follows ``fxquant`` on the command line; by default the process's own.
 
     Returns:
-        The exit status: 0, 2 where fxquant refuses (with one line on stderr), 130 when interrupted.
+        The exit status: 0, 1 where ``diff`` finds a regression, 2 where fxquant refuses (with one
+        line on stderr), 130 when interrupted.
     """
     arguments = _parser().parse_args(argv)
     try:
-        _COMMANDS[arguments.command](arguments)
+        status = _COMMANDS[arguments.command](arguments)
         sys.stdout.flush()
-    except FxQuantError as error:
+    except (FxQuantError, FileNotFoundError) as error:
         print(f"fxquant: {' '.join(str(error).split())}", file=sys.stderr)
         return _FAILED
     except KeyboardInterrupt:
@@ -35,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _INTERRUPTED
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        return 0
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,7 +69,45 @@ def _parser() -> argparse.ArgumentParser:
         description="Show the engines of torch, the CPU's instructions, which engine computes which"
         " op exactly, and what follows for your configuration.",
     )
+    _add_diff(commands)
     return parser
+
+
+def _add_diff(commands: Any) -> None:
+    diff = commands.add_parser(
+        "diff",
+        help="compare two saved models or run records, and fail on a regression",
+        description="Compare build B with build A, op by op: saved models (fxquant.save) or run"
+        " records (.json, fxquant.record_run). Exit status 0 where B keeps to all limits, 1 where"
+        " it does not, 2 where a file cannot be read or a figure that a limit needs is missing.",
+    )
+    diff.add_argument("a", metavar="A", help="the build before")
+    diff.add_argument("b", metavar="B", help="the build after")
+    diff.add_argument(
+        "--max-accuracy-drop",
+        type=float,
+        metavar="X",
+        help="how much lower B's accuracy may be, in the unit of the records",
+    )
+    diff.add_argument(
+        "--min-coverage",
+        type=float,
+        metavar="SHARE",
+        help="smallest share of B's multiply-accumulates in int8, 0 to 1",
+    )
+    diff.add_argument(
+        "--max-latency-ratio",
+        type=float,
+        metavar="R",
+        help="B's latency over A's; two saved models are timed now, taking turns",
+    )
+    diff.add_argument("--max-size-ratio", type=float, metavar="R", help="B's size over A's")
+    diff.add_argument(
+        "--format",
+        choices=("text", "markdown", "json"),
+        default="text",
+        help="of what is printed (default: text)",
+    )
 
 
 def _count(text: str) -> int:
@@ -75,19 +117,41 @@ def _count(text: str) -> int:
     return number
 
 
-def _demo(arguments: argparse.Namespace) -> None:
+def _demo(arguments: argparse.Namespace) -> int:
     from fxquant.demo import run_demo
 
     run_demo(thread_count=arguments.threads, cifar=not arguments.no_cifar, quiet=arguments.quiet)
+    return 0
 
 
-def _doctor(_: argparse.Namespace) -> None:
+def _doctor(_: argparse.Namespace) -> int:
     from fxquant.doctor import diagnose
 
     print(diagnose())
+    return 0
 
 
-_COMMANDS = {"demo": _demo, "doctor": _doctor}
+def _diff(arguments: argparse.Namespace) -> int:
+    from fxquant.diff import Gate, diff
+
+    gate = Gate(
+        max_accuracy_drop=arguments.max_accuracy_drop,
+        min_coverage=arguments.min_coverage,
+        max_latency_ratio=arguments.max_latency_ratio,
+        max_size_ratio=arguments.max_size_ratio,
+    )
+    records = any(name.endswith(".json") for name in (arguments.a, arguments.b))
+    timed = gate.max_latency_ratio is not None and not records
+    report = diff(arguments.a, arguments.b, measure_latency=timed)
+    regressions = report.regressions(gate)
+    shown = {"text": report.__str__, "markdown": report.to_markdown, "json": report.to_json}
+    print(shown[arguments.format]())
+    for text in regressions:
+        print(f"fxquant: regression: {text}", file=sys.stderr)
+    return _REGRESSED if regressions else 0
+
+
+_COMMANDS = {"demo": _demo, "diff": _diff, "doctor": _doctor}
 
 
 if __name__ == "__main__":

@@ -185,31 +185,42 @@ def test_a_planted_fault_is_named() -> None:
 
 
 class Cancelling(nn.Module):
-    """The difference of two values that are nearly equal."""
+    """Channels that are nearly equal, and then their differences."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a = nn.Conv2d(4, 4, 1)
+        self.b = nn.Conv2d(4, 3, 1, bias=False)
+        with torch.no_grad():
+            self.a.weight.copy_(torch.randn(1, 4, 1, 1) + 0.2 * torch.randn(4, 4, 1, 1))
+            self.b.weight.copy_((torch.eye(4)[:3] - torch.eye(4)[1:])[..., None, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.a(x)
-        return y - 0.95 * (y + 0.0)
+        out: Tensor = self.b(self.a(x))
+        return out
 
 
 def test_growth_is_told_from_birth() -> None:
-    model, x = Cancelling().eval(), torch.randn(2, 4, 8, 8)
-    report = compare(model, convert_fx(prepared_of(model, x)), [x])
     assert fault_of(0.1, 0.06, [0.01], [0.001]) is Fault.BORN
     assert fault_of(0.1, 0.01, [0.01], [0.001]) is Fault.GROWS
     assert fault_of(0.1, 0.01, [0.08], [0.001]) is Fault.CARRIED
     assert fault_of(0.1, 0.1, [0.1], [0.1]) is Fault.CARRIED  # it only moves what it reads
     assert fault_of(0.0, 0.0, [0.0], [0.0]) is Fault.NONE
-    # In FP32 on rounded values: nothing is added, and what was there is 20 times as large.
-    grown = [row for row in report.rows if row.fault is Fault.GROWS]
-    assert all(row.growth > 3 for row in grown)
-    assert [row.name for row in report.grows()] == [
-        row.name for row in sorted(grown, key=lambda row: -row.growth)
-    ]
+    # Weights of 4 bits make the error in the first layer; the difference of nearly equal channels
+    # makes it large.
+    model, x = Cancelling().eval(), torch.randn(2, 4, 16, 16)
+    coarse = MinMaxObserver.with_args(
+        dtype=torch.qint8, qscheme=torch.per_tensor_symmetric, quant_min=-7, quant_max=7
+    )
+    bad = QConfig(activation=MINMAX.activation, weight=coarse)
+    prepared = prepare_fx(model, {"": get_default_qconfig(), "a": bad}, (x,), bias_correction=False)
+    report = compare(model, convert_fx(calibrate(prepared, [x], progress=False)), [x])
+    assert report.row("a").fault is Fault.BORN
+    last = report.row("b")
+    assert last.fault is Fault.GROWS
+    assert last.growth == pytest.approx(report.row("a").channel_sqnr - last.channel_sqnr)
+    assert last.growth > 6
+    assert report.grows() == (last,)
 
 
 def test_saturation_and_dead_range_are_counted() -> None:
