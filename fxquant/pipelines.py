@@ -10,6 +10,7 @@ from fxquant.passes.cancel_quantize import CancelQuantize
 from fxquant.passes.cast_half import CastHalf
 from fxquant.passes.convert_nested import ConvertNested
 from fxquant.passes.correct_bias import CorrectBias
+from fxquant.passes.equalize_weights import EqualizeWeights
 from fxquant.passes.exchange_quantized import ExchangeQuantized
 from fxquant.passes.fit_weights import FitWeights
 from fxquant.passes.fold_batch_norm import FoldBatchNorm, folded_as_torch
@@ -52,6 +53,19 @@ def fuse_pipeline() -> Pipeline:
             RemoveIdentities(),  # dropout and identity would stand between pattern members
             FoldBatchNorm(),  # weights must be final before they are observed
         ),
+    )
+
+
+def equalize_pipeline(*, open_clamps: bool = False) -> Pipeline:
+    """Fused float graph to fused float graph, with weights that share one scale better.
+
+    Args:
+        open_clamps: see :class:`EqualizeWeights`.
+    """
+    return Pipeline(
+        "equalize",
+        (EqualizeWeights(open_clamps),),  # the pipeline "fuse" did what it needs
+        given=frozenset({Fact.FUNCTIONAL, Fact.NO_IDENTITIES, Fact.BATCH_NORM_FOLDED}),
     )
 
 

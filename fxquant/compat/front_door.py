@@ -93,8 +93,8 @@ def prepare_fx(
     """
     if _equalization_config:
         raise ConfigError(
-            "_equalization_config is not read: fxquant has no observers for it. Equalize the"
-            " weights of the float model before prepare_fx, or give layers per-channel weights"
+            "_equalization_config is not read: call fxquant.equalize(model, example_inputs)"
+            " before prepare_fx, or give layers per-channel weights"
         )
     return _prepare(
         model,

@@ -11,6 +11,7 @@ from fxquant.pipelines import (
     compat_prepare_pipeline,
     compat_qat_prepare_pipeline,
     compat_reference_pipeline,
+    equalize_pipeline,
     fuse_pipeline,
     lowering_pipeline,
     prepare_pipeline,
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 def test_every_pass_has_its_file_and_its_entry() -> None:
     pipelines = (
         fuse_pipeline(),
+        equalize_pipeline(),
         prepare_pipeline(QConfigMapping(), ()),
         qat_prepare_pipeline(QConfigMapping(), ()),
         reference_pipeline(),
