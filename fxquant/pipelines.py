@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxquant.pass_manager import Fact, Pipeline
+from fxquant.pass_manager import Fact, Pass, Pipeline
 from fxquant.passes.absorb_clamps import AbsorbClamps
 from fxquant.passes.annotate import Annotate
 from fxquant.passes.annotate_half import AnnotateHalf
@@ -231,6 +231,48 @@ def compat_qat_prepare_pipeline(
         ),
         # Identities and dropouts stay: they are observed like other ops.
         given=frozenset({Fact.NO_IDENTITIES}),
+    )
+
+
+def compat_adopt_pipeline(
+    nest: NestModules = NestModules(),  # noqa: B008  # frozen
+    boundary: MarkBoundary = MarkBoundary(),  # noqa: B008  # frozen
+) -> Pipeline:
+    """Float graph, which torch.ao fused and gave qconfigs, to the graph that torch.ao prepared.
+
+    Args:
+        nest: what becomes of modules that are quantized on their own.
+        boundary: which inputs and results are quantized tensors.
+    """
+    fuse = FusePatterns(  # values inside a pattern are not observed
+        with_any_operand(FUSION_PATTERNS), agreement=(), governing=TorchFusionRule(QConfigMapping())
+    )
+    return Pipeline("compat-adopt", _adopting(nest, boundary, fuse), given=_NOTED_BY_TORCH)
+
+
+def compat_qat_adopt_pipeline(
+    nest: NestModules = NestModules(),  # noqa: B008  # frozen
+    boundary: MarkBoundary = MarkBoundary(),  # noqa: B008  # frozen
+) -> Pipeline:
+    """The same for a graph that trains; see compat_adopt_pipeline."""
+    fuse = FusePatterns(  # values inside a pattern are not rounded
+        TORCH_FUSION_PATTERNS, agreement=(), governing=TorchFusionRule(QConfigMapping())
+    )
+    passes = (*_adopting(nest, boundary, fuse), TrainWeights())  # of what is annotated
+    return Pipeline("compat-qat-adopt", passes, given=_NOTED_BY_TORCH)
+
+
+_NOTED_BY_TORCH = frozenset({Fact.NO_IDENTITIES, Fact.BATCH_NORM_FOLDED, Fact.QCONFIGS})
+
+
+def _adopting(nest: NestModules, boundary: MarkBoundary, fuse: FusePatterns) -> tuple[Pass, ...]:
+    return (
+        nest,  # by qconfig; what is in them is no matter of this graph
+        boundary,  # nothing observes what comes quantized
+        Functionalize(),  # in-place writes would hide who reads what
+        fuse,
+        Annotate(),  # specs from qconfig and op table
+        InsertSharedObservers(),  # one at every quantized value; sharing is by module
     )
 
 

@@ -486,6 +486,30 @@ def training_form(module: nn.Module, bn: nn.Module | None = None) -> QatModule:
     return fused
 
 
+def own_form(module: nn.Module) -> QatModule | None:
+    """The module of this file for another library's with the same parts, which both then hold.
+
+    Args:
+        module: a subclass of the float module, with ``weight_fake_quant`` and, where a batch-norm
+            trains inside, ``bn``; its parameters are read, not copied.
+
+    Returns:
+        ``None`` where it is a subclass of no module that can train here.
+    """
+    kinds = type(module).__mro__
+    float_type = next((kind for kind in kinds if kind in PLAIN_BY_FLOAT), None)
+    if float_type is None:
+        return None
+    plain = _recast(module, float_type)
+    plain._modules.clear()
+    norm = module._modules.get("bn")
+    made = training_form(plain, norm)
+    made.weight_fake_quant = getattr(module, "weight_fake_quant", None)
+    if isinstance(made, QatBatchNormed):
+        made.freeze_bn = bool(getattr(module, "freeze_bn", False))
+    return made
+
+
 def holds_training_modules(model: nn.Module) -> bool:
     """Whether a module of this file is in ``model``."""
     return any(isinstance(module, QatModule) for module in model.modules())

@@ -44,6 +44,7 @@ from fxquant.qconfig_mapping import (
 from fxquant.shapes import record_shapes
 from fxquant.targets.registry import target_here, target_named
 from fxquant.targets.training import while_training
+from fxquant.torch_prepared import is_prepared_by_torch
 
 
 class _Missing:
@@ -315,6 +316,11 @@ def _reference(
         raise NotAGraphModuleError(
             f"input model must be a GraphModule, Got type:{type(prepared)} Please make sure to"
             f" follow the tutorials. {caller} takes what prepare_fx returned"
+        )
+    if is_prepared_by_torch(prepared):
+        raise NotPreparedError(
+            "incoming model must be produced by prepare_fx of fxquant; torch.ao prepared this one."
+            f" fxquant.compat.{caller} takes it over, with its observers and what they saw"
         )
     if not isinstance(prepared, QuantGraphModule) or prepared.state.stage is not Stage.PREPARED:
         stage = (

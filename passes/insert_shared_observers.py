@@ -95,7 +95,7 @@ class _Work:
         op, annotation = op_of(gm, node), record_of(node).annotation
         if annotation is None or (op is not None and not op.kind.definition):
             return external_inputs(gm, node, self.is_float)
-        spec = annotation.inputs[0]
+        spec = next(iter(annotation.inputs), None)  # modules nested here say what they take
         sources = node.all_input_nodes if op is None else op.activations
         return [(x, spec) for x in sources if spec is not None and self.is_float(gm, x)]
 

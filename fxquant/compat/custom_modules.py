@@ -48,16 +48,20 @@ def observed_module(
         return None
     given: Any = module
     given.qconfig = _in_torch_dtypes(qconfig)
-    observed: nn.Module = made.from_float(given)
-    static = kind is QuantType.STATIC
+    return nested_observed(made.from_float(given), type(module), qconfig)
+
+
+def nested_observed(observed: nn.Module, float_class: type, qconfig: QConfig) -> Nested:
+    """How a graph holds the observed form of a custom module of ``float_class``."""
+    static = quant_type(qconfig) is QuantType.STATIC
     return Nested(
         module=observed,
         takes=None if static else (),
         gives=None if static else (),
         observed=static,
-        results=_LSTM_RESULTS if isinstance(module, nn.LSTM) else None,
+        results=_LSTM_RESULTS if issubclass(float_class, nn.LSTM) else None,
         qconfig=qconfig,
-        reason=f"a custom module, observed by {made.__name__}",
+        reason=f"a custom module, observed by {type(observed).__name__}",
     )
 
 

@@ -10,6 +10,8 @@ from torch import fx, nn
 
 from fxquant.backend_config import BackendConfig, as_backend_config
 from fxquant.capture import capture, own_copy
+from fxquant.compat.adopt import Adopter
+from fxquant.compat.graph_meta import MAPPING, preserve, remove_qconfigs, set_qconfigs
 from fxquant.compat.nested import Converting, Nesting
 from fxquant.custom_config import (
     ConvertCustomConfig,
@@ -28,7 +30,7 @@ from fxquant.errors import (
     QConfigMismatchError,
 )
 from fxquant.graph_codec import encode_graph
-from fxquant.graph_module import PRESERVED_ATTRIBUTES, QuantGraphModule, Stage
+from fxquant.graph_module import QuantGraphModule, Stage
 from fxquant.ledger import build_ledger
 from fxquant.metadata import add_reason, record_of, update_record
 from fxquant.pass_manager import PassContext, Pipeline
@@ -51,9 +53,8 @@ from fxquant.shapes import record_shapes
 from fxquant.targets.compat import X86_COMPAT, compat_target
 from fxquant.targets.table import Target
 from fxquant.targets.training import refusing_wrong_tables, while_training
+from fxquant.torch_prepared import is_prepared_by_torch
 
-_MAPPING: Final = "fxquant_qconfig_mapping"
-"""Key in ``GraphModule.meta`` of the mapping that a model was prepared with."""
 _LEVELS: Final = {
     "global": "",
     "object type": "object_type_qconfigs",
@@ -182,9 +183,9 @@ def _prepare(
         tuple(config.input_quantized_indexes), tuple(config.output_quantized_indexes)
     )
     how.pipeline(rules, paths, NestModules(nesting), boundary).run(gm, context)
-    gm.meta[_MAPPING] = rules
-    _preserve(gm, model, config.preserved_attributes)
-    _set_qconfigs(gm)
+    gm.meta[MAPPING] = rules
+    preserve(gm, model, config.preserved_attributes)
+    set_qconfigs(gm)
     return gm
 
 
@@ -220,25 +221,6 @@ def _training_target(backend_config: Any) -> Target:
     return refusing_wrong_tables(while_training(_target(backend_config)))
 
 
-def _preserve(gm: QuantGraphModule, source: nn.Module, names: list[str]) -> None:
-    """Keep attributes of ``source``, through copies too, and none that were kept before."""
-    kept = {name: getattr(source, name) for name in names if hasattr(source, name)}
-    for name in gm.meta.get(PRESERVED_ATTRIBUTES, {}):
-        if name not in kept and hasattr(gm, name):
-            delattr(gm, name)
-    gm.meta[PRESERVED_ATTRIBUTES] = kept
-    for name, value in kept.items():
-        setattr(gm, name, value)
-
-
-def _set_qconfigs(gm: QuantGraphModule) -> None:
-    """Let every called module carry its qconfig; code looks there."""
-    for node in gm.graph.nodes:
-        if node.op == "call_module" and not is_observer(node):
-            module: Any = gm.get_submodule(str(node.target))
-            module.qconfig = record_of(node).qconfig
-
-
 def convert_fx(
     graph_module: nn.Module,
     convert_custom_config: ConvertCustomConfig | Mapping[str, Any] | Any = None,
@@ -249,19 +231,23 @@ def convert_fx(
     """Turn a prepared module into one that runs int8 kernels.
 
     Args:
-        graph_module: what :func:`prepare_fx` returned. It is not touched (torch.ao consumes it).
+        graph_module: what :func:`prepare_fx` returned, or torch.ao's, which is taken over with its
+            observers. It is not touched (torch.ao consumes it).
         convert_custom_config: fxquant's, torch.ao's, or the legacy dict.
         _remove_qconfig: take the ``qconfig`` attributes off the modules.
         qconfig_mapping: the mapping of prepare with some values set to ``None``: those ops come
             out in floating point.
-        backend_config: read for torch.ao's signature; the one given to prepare decides.
+        backend_config: what torch.ao's prepare was given, which it does not note; of a model that
+            was prepared here, the one given then decides.
 
     Raises:
         NotAGraphModuleError: it was never traced.
-        NotPreparedError: it has no observers.
+        NotPreparedError: it has no observers, or torch.ao's are where fxquant has none.
         QConfigMismatchError: ``qconfig_mapping`` asks for something else than prepare did.
     """
-    gm, context = _reference(graph_module, convert_custom_config, qconfig_mapping, convert_fx)
+    gm, context = _reference(
+        graph_module, convert_custom_config, qconfig_mapping, backend_config, convert_fx
+    )
     compat_folding_pipeline().run(gm, context)
     gm.update_state(reference=tuple(encode_graph(gm.graph)))
     compat_lowering_pipeline().run(gm, context)
@@ -277,46 +263,68 @@ def convert_to_reference_fx(
 ) -> QuantGraphModule:
     """Turn a prepared module into quantize, dequantize and float ops; see :func:`convert_fx`."""
     gm, _ = _reference(
-        graph_module, convert_custom_config, qconfig_mapping, convert_to_reference_fx
+        graph_module,
+        convert_custom_config,
+        qconfig_mapping,
+        backend_config,
+        convert_to_reference_fx,
     )
     return _finished(gm, remove_qconfig=_remove_qconfig)
 
 
 def _finished(gm: QuantGraphModule, *, remove_qconfig: bool) -> QuantGraphModule:
-    gm.meta.pop(_MAPPING, None)
+    gm.meta.pop(MAPPING, None)
     if remove_qconfig:
-        for module in gm.modules():
-            if "qconfig" in vars(module):
-                del module.qconfig
+        remove_qconfigs(gm)
     return gm
 
 
 def _reference(
-    prepared: object, custom: Any, qconfig_mapping: Any, convert: Callable[..., QuantGraphModule]
+    prepared: object,
+    custom: Any,
+    qconfig_mapping: Any,
+    backend_config: Any,
+    convert: Callable[..., QuantGraphModule],
 ) -> tuple[QuantGraphModule, PassContext]:
     if not isinstance(prepared, fx.GraphModule):
         raise NotAGraphModuleError(
             f"input model must be a GraphModule, Got type:{type(prepared)} Please make sure to"
             " follow the tutorials."
         )
-    if not isinstance(prepared, QuantGraphModule) or prepared.state.stage is not Stage.PREPARED:
-        raise NotPreparedError(
-            "incoming model must be produced by prepare_fx (or prepare_qat_fx), and can be"
-            " converted once"
-        )
     diagnostics = Diagnostics()
     config = as_convert_custom_config(custom, TORCH_AO, diagnostics)
-    gm = own_copy(prepared)
-    assert isinstance(gm, QuantGraphModule)
+    gm = _own_prepared(prepared, qconfig_mapping, backend_config)
     if qconfig_mapping is not None:
-        _SwitchOff(gm, prepared.meta[_MAPPING], _rules(qconfig_mapping, diagnostics)).run()
+        _SwitchOff(gm, gm.meta[MAPPING], _rules(qconfig_mapping, diagnostics)).run()
     context = PassContext(target=X86_COMPAT, diagnostics=diagnostics)
     part_config = ConvertCustomConfig()
     part_config.observed_to_quantized_mapping = config.observed_to_quantized_mapping
     nested = Converting(config, lambda part: convert(part, part_config))
     compat_reference_pipeline(ConvertNested(nested)).run(gm, context)
-    _preserve(gm, prepared, config.preserved_attributes)
+    preserve(gm, prepared, config.preserved_attributes)
     return gm, context
+
+
+def _own_prepared(
+    prepared: fx.GraphModule, qconfig_mapping: Any, backend_config: Any
+) -> QuantGraphModule:
+    """A copy of what was prepared here, or by torch.ao."""
+    if is_prepared_by_torch(prepared):
+        return ADOPTER.adopt(prepared, backend_config, qconfig_mapping)
+    if not isinstance(prepared, QuantGraphModule) or prepared.state.stage is not Stage.PREPARED:
+        raise NotPreparedError(
+            "incoming model must be produced by prepare_fx (or prepare_qat_fx), and can be"
+            " converted once"
+        )
+    gm = own_copy(prepared)
+    assert isinstance(gm, QuantGraphModule)
+    return gm
+
+
+ADOPTER: Final = Adopter(
+    lambda mapping: _rules(mapping, Diagnostics(silent=True)), _target, _training_target
+)
+"""Takes over what torch.ao prepared."""
 
 
 @dataclass(frozen=True)
@@ -408,5 +416,5 @@ def fuse_fx(
     context = PassContext(target=_target(backend_config), diagnostics=diagnostics)
     fuse_pipeline().run(gm, context)
     gm.update_state(stage=Stage.FUSED)
-    _preserve(gm, model, config.preserved_attributes)
+    preserve(gm, model, config.preserved_attributes)
     return gm

@@ -77,13 +77,26 @@ class Nesting:
         rules = entry.qconfig_mapping or QConfigMapping().set_global(qconfig)
         config = entry.prepare_custom_config or PrepareCustomConfig()
         child = self.prepare(module, rules, entry.example_inputs, config, entry.backend_config)
-        return Nested(
-            module=child,
-            takes=tuple(config.input_quantized_indexes),
-            gives=_quantized_results(child),
-            qconfig=qconfig or _first_qconfig(child),
-            reason=_STANDALONE,
-        )
+        return nested_standalone(child, tuple(config.input_quantized_indexes), qconfig)
+
+
+def nested_standalone(
+    child: QuantGraphModule, takes: tuple[int, ...], qconfig: QConfig | None
+) -> Nested:
+    """How a graph holds a standalone module.
+
+    Args:
+        child: the module, prepared.
+        takes: positions of its inputs that come quantized.
+        qconfig: by which the graph around it would quantize it.
+    """
+    return Nested(
+        module=child,
+        takes=takes,
+        gives=_quantized_results(child),
+        qconfig=qconfig or _first_qconfig(child),
+        reason=_STANDALONE,
+    )
 
 
 def _quantized_results(child: QuantGraphModule) -> tuple[int, ...]:
