@@ -22,9 +22,16 @@ from torch import fx, nn
 from fxquant._version import __version__
 from fxquant.autocast import without_autocast
 from fxquant.errors import CaptureError, ConfigError, CoverageError
-from fxquant.graph_module import QuantGraphModule, Stage
+from fxquant.graph_module import QuantGraphModule, Stage, graphs_in
 from fxquant.inputs import bind_examples, made_up_inputs
-from fxquant.kernel_trace import Kernels, kernels_by_node, kernels_of_call, macs_by_node
+from fxquant.kernel_trace import (
+    Kernels,
+    Trace,
+    kernels_by_node,
+    kernels_of_call,
+    labelled,
+    macs_by_node,
+)
 from fxquant.kernels import as_bytes, as_quantized
 from fxquant.metadata import record_of
 from fxquant.op_rows import HALF, OpRow, Runs, checked, rows_of
@@ -329,15 +336,19 @@ class _Confirmation:
     def of(self, report: AuditReport) -> AuditReport:
         """``report`` with what the profiler says."""
         self.problems += [f"{row.name!r}: {row.reason}" for row in report.rows if _astray(row)]
-        self.gm.pack()  # packing is no part of a call, though the first one may do it
+        graphs = labelled(self.gm)
+        for graph in graphs.values():
+            graph.pack()  # packing is no part of a call, though the first one may do it
         try:
             seen = kernels_of_call(self.gm, self.bound)
-            by_node, dtypes = kernels_by_node(self.gm, self.bound)
+            trace = kernels_by_node(self.gm, self.bound)
         except Exception as error:  # noqa: BLE001  # whatever the user's inputs make the model raise
             text = f"the profiled call failed: {_first_line(error)}. Pass example_inputs that run"
             return replace(report, discrepancies=(*self.problems, text))
-        for node in self.gm.graph.nodes:
-            self._check(node, by_node.get(node.name, Kernels()), dtypes.get(node.name))
+        for label, graph in graphs.items():
+            for node in graph.graph.nodes if trace.runs[label] else ():
+                self._check(node, f"{label}{node.name}", trace, trace.runs[label])
+        by_node = trace.by_node
         self._compare_totals(seen, by_node)
         rows = tuple(map(self._corrected, self._with_macs(report.rows, by_node)))
         return replace(
@@ -349,16 +360,17 @@ class _Confirmation:
             float_calls=dict(seen.floats),
         )
 
-    def _check(self, node: fx.Node, seen: Kernels, dtype: torch.dtype | None) -> None:
+    def _check(self, node: fx.Node, name: str, trace: Trace, runs: int) -> None:
         """One node: does it run what its record says?"""
-        record = record_of(node)
+        record, seen = record_of(node), trace.by_node.get(name, Kernels())
+        dtype = trace.dtypes.get(name)
         if record.origins and not record.kernel:
             return  # in FP32, and says so
         found = [*seen.int8.elements(), *seen.floats.elements()]
         claimed = _operator(record.kernel) if record.origins else ""
         problem = ""
         if claimed.startswith(_INT8_OPERATORS):
-            if found != [claimed]:
+            if found != [claimed] * runs:
                 problem = f"claims {claimed} and runs {' and '.join(found) or 'no kernel'}"
         elif found:
             problem = f"runs {' and '.join(found)}, which the graph does not account for"
@@ -439,10 +451,11 @@ def _conversions(gm: QuantGraphModule) -> dict[str, int]:
         as_bytes: "tensor to bytes",
         as_quantized: "bytes to tensor",
     }
-    counts = Counter(names[n.target] for n in gm.graph.nodes if n.target in names)
+    nodes = [node for graph in graphs_in(gm) for node in graph.graph.nodes]
+    counts = Counter(names[n.target] for n in nodes if n.target in names)
     casts = Counter(
         f"to {str(n.args[1]).removeprefix('torch.')}"
-        for n in gm.graph.nodes
+        for n in nodes
         if n.target is TO_DTYPE and n.args[0].op != "get_attr"
     )
     return {name: counts[name] for name in names.values() if counts[name]} | casts

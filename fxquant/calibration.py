@@ -38,7 +38,7 @@ from fxquant.errors import (
     NotPreparedError,
     did_you_mean,
 )
-from fxquant.graph_module import QuantGraphModule, Stage
+from fxquant.graph_module import QuantGraphModule, Stage, graphs_in
 from fxquant.inputs import BoundInterpreter, bind_inputs
 from fxquant.metadata import record_of, tensor_records
 from fxquant.observed import was_observed
@@ -335,7 +335,9 @@ class _Run:
             self.statistics.restore()
             if not isinstance(error, Exception):
                 raise
-            raise self._explained(error, batch) from error
+            explained = self._explained(error, batch)
+            self.statistics.restore()  # looking for the place has run the parts of islands
+            raise explained from error
         self.count += 1
 
     def _explained(self, error: Exception, batch: object) -> FxQuantError:
@@ -387,8 +389,13 @@ class _Statistics:
     """What the observers of a model know, so that a batch can be taken back."""
 
     def __init__(self, gm: QuantGraphModule) -> None:
-        paths = dict.fromkeys(str(n.target) for n in gm.graph.nodes if _is_watcher(n))
-        modules = [module for path in paths for module in gm.get_submodule(path).modules()]
+        watchers = dict.fromkeys(
+            graph.get_submodule(str(n.target))
+            for graph in graphs_in(gm)
+            for n in graph.graph.nodes
+            if _is_watcher(n)
+        )
+        modules = [module for watcher in watchers for module in watcher.modules()]
         self.modules = [m for m in modules if m._buffers or _lists(m)]
         self._saved: list[tuple[dict[str, Tensor | None], dict[str, list[Any]]]] = []
 
@@ -402,8 +409,9 @@ class _Statistics:
     def restore(self) -> None:
         """Put back what was saved last."""
         for module, (buffers, lists) in zip(self.modules, self._saved, strict=True):
-            module._buffers.update(buffers)
-            module.__dict__.update(lists)
+            copies = {k: None if b is None else b.clone() for k, b in buffers.items()}
+            module._buffers.update(copies)
+            module.__dict__.update({name: list(value) for name, value in lists.items()})
 
 
 def _lists(module: nn.Module) -> dict[str, list[Any]]:
@@ -418,8 +426,9 @@ def _is_watcher(node: fx.Node) -> bool:
 def _warn_blind(gm: QuantGraphModule, count: int) -> None:
     blind = [
         node.all_input_nodes[0].name
-        for node in gm.graph.nodes
-        if is_observer(node) and _is_blind(gm.get_submodule(str(node.target)))
+        for graph in graphs_in(gm)
+        for node in graph.graph.nodes
+        if is_observer(node) and _is_blind(graph.get_submodule(str(node.target)))
     ]
     if not blind:
         return

@@ -10,21 +10,31 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fxquant.errors import CaptureError, CaptureWarning, Diagnostics, UntraceableError
+from fxquant.aten import import_aten, is_aten
+from fxquant.errors import (
+    CaptureError,
+    CaptureWarning,
+    ConfigError,
+    Diagnostics,
+    UntraceableError,
+    did_you_mean,
+)
 from fxquant.graph_module import GraphState, QuantGraphModule, Stage, set_attribute
 from fxquant.metadata import record_of, set_record, update_record
 from fxquant.op_view import OUT_OF_PLACE_OPERATORS, type_of
+from fxquant.reparametrized import settle
 from fxquant.shape_guards import ExampleValues, shape_guard
 from fxquant.shapes import bind_examples, is_user_code
 
 _TRACE_LOCK = threading.Lock()
+_SCRIPT = "it is TorchScript, which torch.fx cannot look into"
 
 
 def _writing(target: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,13 +159,17 @@ def capture(
     example_inputs: object = None,
     *,
     share: bool = False,
+    keep: bool = False,
+    trains: bool = False,
     leaves: Mapping[str, str] | None = None,
+    concrete_args: Mapping[str, Any] | None = None,
     strict_capture: bool = False,
 ) -> QuantGraphModule:
     """Trace ``model`` into a float graph with its own modules and tensors.
 
-    A submodule whose ``forward`` cannot be traced becomes an opaque leaf, found automatically and
-    named in a warning together with the user's line.
+    A submodule whose ``forward`` cannot be traced becomes an opaque leaf, an *island*. It is found
+    automatically and listed, with the user's line, in ``GraphState.islands``; telling the user is
+    left to the caller (:func:`warn_of_islands`), who may make more of it.
 
     Args:
         model: any module, or an already traced ``GraphModule``.
@@ -163,29 +177,63 @@ def capture(
         example_inputs: decide conditions on shapes (``if x.shape[-1] % 2:``), one branch of which
             is traced; ``None`` refuses such conditions.
         share: let the parameters share the memory of the model's; :func:`take_apart` ends that.
+            Weights that are computed from others (weight norm, ...) become plain parameters.
+        keep: let the parameters be those of the model, which is a copy already.
+        trains: the graph is to train: code with a gradient of its own is not traced through.
         leaves: paths of submodules that are not traced into, with the reason.
+        concrete_args: inputs that are fixed to a value, by name.
         strict_capture: a submodule that cannot be traced is an error.
 
     Raises:
         CaptureError: when the model itself, not a part of it, cannot be traced or copied.
-        UntraceableError: under ``strict_capture``, a submodule that cannot be traced.
+        UntraceableError: the ``forward`` of the model itself cannot be traced, or, under
+            ``strict_capture``, that of a submodule.
+        ConfigError: ``concrete_args`` names no input.
     """
     leaves = {} if leaves is None else leaves
+    concrete_args = {} if concrete_args is None else concrete_args
     _check_state(model, diagnostics)
-    if isinstance(model, fx.GraphModule) and _only_leaves(model, leaves):
-        owned = own_copy(model, share=share)
+    copying = _Copying(share=share, keep=keep)
+    islands: dict[str, str] = {}
+    if isinstance(model, fx.GraphModule) and is_aten(model):
+        exported = import_aten(copying.of(model))
+        gm = QuantGraphModule(exported, exported.graph, type(model).__name__)
+    elif isinstance(model, fx.GraphModule) and not concrete_args and _only_leaves(model, leaves):
+        owned = copying.of(model)
         assert isinstance(owned, fx.GraphModule)
         _free_names(owned, owned.graph, diagnostics)
         gm = QuantGraphModule(owned, owned.graph, type(model).__name__)
     else:
-        tracing = _Tracing(model, diagnostics, example_inputs, share, leaves, strict_capture)
-        gm = tracing.run()
+        tracing = _Tracing(
+            model,
+            diagnostics,
+            example_inputs,
+            copying,
+            leaves,
+            concrete_args,
+            strict_capture=strict_capture,
+            trains=trains,
+        )
+        gm, islands = tracing.run()
     _copy_training_flags(model, gm)
     gm.meta.update(getattr(model, "meta", {}) if isinstance(model, fx.GraphModule) else {})
     _record_scopes(gm)
     names = tuple(str(n.target) for n in gm.graph.nodes if n.op == "placeholder")
-    gm.__dict__["_state"] = GraphState(stage=Stage.FLOAT, signature=names)
+    gm.__dict__["_state"] = GraphState(
+        stage=Stage.FLOAT, signature=names, islands=tuple(islands.items())
+    )
     return gm
+
+
+def warn_of_islands(gm: QuantGraphModule, diagnostics: Diagnostics) -> None:
+    """Tell of the islands of a graph that nothing will be made of."""
+    for path, line in gm.state.islands:
+        diagnostics.warn(
+            f"module {path!r} ({type(gm.get_submodule(path)).__name__}) cannot be traced and stays"
+            f" in FP32 as an opaque island: {line}. Rewrite that line without control flow on"
+            " tensor values to have it quantized",
+            CaptureWarning,
+        )
 
 
 def _copy_training_flags(model: nn.Module, gm: fx.GraphModule) -> None:
@@ -224,7 +272,11 @@ def _check_state(model: nn.Module, diagnostics: Diagnostics) -> None:
             f"the forward of this {type(model).__name__} is replaced on the object, and a trace"
             " sees the forward of its class; wrap the model in a module whose forward calls it"
         )
-    hooks = (*model._forward_pre_hooks.values(), *model._forward_hooks.values())
+    hooks = [
+        hook
+        for hook in (*model._forward_pre_hooks.values(), *model._forward_hooks.values())
+        if not str(getattr(hook, "__module__", "")).startswith("torch.export.")
+    ]
     if hooks:
         names = ", ".join(getattr(hook, "__name__", type(hook).__name__) for hook in hooks)
         diagnostics.warn(
@@ -234,13 +286,29 @@ def _check_state(model: nn.Module, diagnostics: Diagnostics) -> None:
         )
 
 
-def own_copy(model: nn.Module, *, share: bool = False) -> nn.Module:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Copying:
+    """How a model is copied; see :func:`own_copy` for the fields."""
+
+    share: bool
+    keep: bool
+
+    def of(self, model: nn.Module) -> nn.Module:
+        """The copy."""
+        copied = own_copy(model, share=self.share, keep=self.keep)
+        if self.share:
+            settle(copied)
+        return copied
+
+
+def own_copy(model: nn.Module, *, share: bool = False, keep: bool = False) -> nn.Module:
     """A copy with tensors of its own; a cached tensor with history becomes one without.
 
     Args:
         model: what is copied.
         share: let parameters (not buffers) be new objects that share the memory of the model's:
             for those who replace parameters, and write into none.
+        keep: let the parameters be the model's own.
 
     Raises:
         CaptureError: an attribute cannot be copied.
@@ -249,6 +317,8 @@ def own_copy(model: nn.Module, *, share: bool = False) -> nn.Module:
     for tensor in _tensors_in(model):
         if not tensor.is_leaf:
             memo[id(tensor)] = tensor.detach().clone()  # deepcopy refuses tensors with history
+        elif keep and isinstance(tensor, nn.Parameter):
+            memo[id(tensor)] = tensor
         elif share and type(tensor) is nn.Parameter:
             # .data and not .detach(): the version counter is the model's own
             memo[id(tensor)] = nn.Parameter(tensor.data, requires_grad=tensor.requires_grad)
@@ -310,25 +380,33 @@ class _Tracing:
     model: nn.Module
     diagnostics: Diagnostics
     example_inputs: object
-    share: bool
+    copying: _Copying
     leaves: Mapping[str, str]
+    concrete_args: Mapping[str, Any]
     strict_capture: bool
+    trains: bool
 
-    def run(self) -> QuantGraphModule:
-        """Trace until nothing refuses, each time with one more island."""
+    def run(self) -> tuple[QuantGraphModule, dict[str, str]]:
+        """Trace until nothing refuses, each time with one more island.
+
+        Returns:
+            The graph, and the islands with the lines that refused.
+        """
         islands: dict[str, str] = {}
         forward = type(self.model).forward
+        self._check_concrete(forward)
         examples = bind_examples(forward, self.example_inputs)
-        fixed = {} if examples is None else examples.fixed
+        fixed = {**({} if examples is None else examples.fixed), **self.concrete_args}
         while True:
             # Anew each time: a forward may count its calls.
-            owned = own_copy(self.model, share=self.share)
+            owned = self.copying.of(self.model)
             before = {path: _attributes(module) for path, module in owned.named_modules()}
             versions = _versions(owned)
             values = None if examples is None else ExampleValues(examples.values)
             tracer = CaptureTracer({**self.leaves, **islands}, values)
             try:
-                with _TRACE_LOCK, _recording_builtins(), warnings.catch_warnings():
+                gradients = _own_gradients() if self.trains else nullcontext()
+                with _TRACE_LOCK, _recording_builtins(), gradients, warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # a trace runs the user's code on proxies
                     graph = tracer.trace(owned, dict(fixed) or None)
             except _Refused as refused:
@@ -340,11 +418,33 @@ class _Tracing:
         _order_inputs(graph, fixed, forward)
         _restore_attributes(owned, before, self.diagnostics)
         _warn_of_writes(owned, versions, self.diagnostics)
-        self._warn(tracer.conditions, islands)
+        self._warn(tracer.conditions)
         _free_names(owned, graph, self.diagnostics)
         gm = QuantGraphModule(owned, graph, type(self.model).__name__)
+        islands |= self._scripts(gm)
         self._give_reasons(gm, islands)
-        return gm
+        return gm, islands
+
+    def _check_concrete(self, forward: Callable[..., Any]) -> None:
+        known = list(inspect.signature(forward).parameters)[1:]
+        for name in self.concrete_args:
+            if name not in known:
+                raise ConfigError(
+                    f"concrete_args fixes {name!r}, which is no input of"
+                    f" {type(self.model).__name__}.forward{did_you_mean(name, known)}; it takes"
+                    f" {', '.join(map(repr, known)) or 'none'}"
+                )
+
+    def _scripts(self, gm: fx.GraphModule) -> dict[str, str]:
+        """The called modules that are TorchScript and not listed as leaves."""
+        found: dict[str, str] = {}
+        for node in gm.graph.nodes:
+            path = str(node.target)
+            if node.op != "call_module" or path in self.leaves:
+                continue
+            if isinstance(gm.get_submodule(path), torch.jit.ScriptModule):
+                found |= self._refuse(path, _SCRIPT, None)
+        return found
 
     def _island(self, refused: _Refused, islands: Mapping[str, str]) -> dict[str, str]:
         line = f"{refused.line}: {_first_line(refused.cause)}"
@@ -352,33 +452,31 @@ class _Tracing:
             raise CaptureError(
                 f"module {refused.path!r} cannot be traced: {refused.cause}"
             ) from refused.cause
+        return self._refuse(refused.path, line, refused.cause)
+
+    def _refuse(self, path: str, line: str, cause: Exception | None) -> dict[str, str]:
         if self.strict_capture:
-            kind = type(self.model.get_submodule(refused.path)).__name__
+            kind = type(self.model.get_submodule(path)).__name__
             raise UntraceableError(
-                f"module {refused.path!r} ({kind}) cannot be traced: {line}. Rewrite that line"
+                f"module {path!r} ({kind}) cannot be traced: {line}. Rewrite that line"
                 " without control flow on tensor values, or list the module as non-traceable"
-            ) from refused.cause
-        return {refused.path: line}
+            ) from cause
+        return {path: line}
 
     def _untraceable(self, error: Exception) -> CaptureError:
-        return UntraceableError(
+        made = UntraceableError(
             f"{type(self.model).__name__}.forward cannot be traced: {_first_line(error)}"
-            f" ({_user_line(error)}). Move the untraceable part into a submodule: it then stays"
-            " in floating point and the rest is quantized"
+            f" ({_user_line(error)}). Move the untraceable part into a submodule, which then runs"
+            " as it is, and the rest is quantized"
         )
+        made.line = f"{_user_line(error)}: {_first_line(error)}"
+        return made
 
-    def _warn(self, conditions: Mapping[str, bool], islands: Mapping[str, str]) -> None:
+    def _warn(self, conditions: Mapping[str, bool]) -> None:
         for line, value in conditions.items():
             self.diagnostics.warn(
                 f"the condition on a shape at {line} is fixed to {value}, as for the example"
                 " inputs; inputs that take the other branch will raise an error",
-                CaptureWarning,
-            )
-        for path, line in islands.items():
-            self.diagnostics.warn(
-                f"module {path!r} ({type(self.model.get_submodule(path)).__name__}) cannot be"
-                f" traced and stays in FP32 as an opaque island: {line}. Rewrite that line without"
-                " control flow on tensor values to have it quantized",
                 CaptureWarning,
             )
 
@@ -544,6 +642,25 @@ def _recording_builtins() -> Iterator[None]:
     finally:
         for name, original in originals.items():
             setattr(builtins, name, original)
+
+
+@contextmanager
+def _own_gradients() -> Iterator[None]:
+    """Refuse functions with a ``backward`` of their own: a trace would keep only their forward."""
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if _find_proxy(args) is not None:
+            raise fx.proxy.TraceError(
+                f"{cls.__name__} is an autograd function with its own gradient"
+            )
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]  # put back below
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]  # as it was
 
 
 def _find_proxy(args: tuple[Any, ...]) -> fx.Proxy | None:

@@ -110,7 +110,13 @@ class CaptureError(FxQuantError):
 
 
 class UntraceableError(CaptureError, TraceError):
-    """The ``forward`` of the model, or of a part under ``strict_capture``, cannot be traced."""
+    """The ``forward`` of the model, or of a part under ``strict_capture``, cannot be traced.
+
+    Attributes:
+        line: the user's line, and what fx says of it.
+    """
+
+    line: str = ""
 
 
 class ShapeGuardError(FxQuantError, RuntimeError):

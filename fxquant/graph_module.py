@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -140,6 +140,7 @@ class GraphState:
             kernels it might overflow.
     """
 
+        islands: paths of the called modules that could not be traced, with the line that refused.
     stage: Stage = Stage.FLOAT
     target: str = ""
     ledger: tuple[OpEntry, ...] = ()
@@ -152,6 +153,7 @@ class GraphState:
     limits: tuple[WeightLimit, ...] = ()
 
 
+    islands: tuple[tuple[str, str], ...] = ()
 _PACKING = threading.RLock()
 _NOT_MADE = object()
 
@@ -487,3 +489,34 @@ def delete_attribute(root: nn.Module, path: str) -> None:
 def derive(gm: QuantGraphModule) -> QuantGraphModule:
     """A new module with its own graph, modules and tensors; ``gm`` is not touched."""
     return copy.deepcopy(gm)
+def parts_below(module: nn.Module) -> Iterator[QuantGraphModule]:
+    """The graphs in what a graph calls as it is: the parts of its islands.
+
+    Args:
+        module: a graph, or a module that runs as it is. Graphs inside the found ones are not given.
+    """
+    called: Iterable[nn.Module] = module.children()
+    if isinstance(module, QuantGraphModule):
+        paths = dict.fromkeys(str(n.target) for n in module.graph.nodes if n.op == "call_module")
+        called = [module.get_submodule(path) for path in paths]
+        called = [child for child in called if not isinstance(child, QuantGraphModule)]
+    seen: set[int] = set()
+    pending = list(called)[::-1]
+    while pending:
+        child = pending.pop()
+        if id(child) in seen:
+            continue
+        seen.add(id(child))
+        if isinstance(child, QuantGraphModule):
+            yield child
+        else:
+            pending.extend(list(child.children())[::-1])
+
+
+def graphs_in(gm: QuantGraphModule) -> Iterator[QuantGraphModule]:
+    """``gm``, and the parts of its islands, and those of theirs."""
+    yield gm
+    for part in parts_below(gm):
+        yield from graphs_in(part)
+
+

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
+from fxquant.graph_module import QuantGraphModule, graphs_in
 from fxquant.inputs import BoundInterpreter
 
 _INT8_PREFIXES: Final = ("quantized::", "onednn::q", "aten::quantized_lstm", "aten::quantized_gru")
@@ -82,29 +84,92 @@ def kernels_of_call(model: nn.Module, bound: inspect.BoundArguments) -> Kernels:
     return _count(_events(lambda: model(*bound.args, **bound.kwargs)))
 
 
-def kernels_by_node(
-    gm: fx.GraphModule, bound: inspect.BoundArguments
-) -> tuple[dict[str, Kernels], dict[str, torch.dtype]]:
+def labelled(gm: QuantGraphModule) -> dict[str, QuantGraphModule]:
+    """A graph and the parts of its islands, by what stands before the names of their nodes."""
+    return {f"part {i}: " if i else "": graph for i, graph in enumerate(graphs_in(gm))}
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What the nodes of a graph run; those of parts have the label of :func:`labelled` before them.
+
+    Attributes:
+        by_node: node -> kernels. What an island computes itself is its own.
+        dtypes: node -> dtype of the tensor that it gives.
+        runs: label -> how often the graph ran.
+    """
+
+    by_node: dict[str, Kernels] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    runs: Counter[str] = field(default_factory=Counter)
+
+
+def kernels_by_node(gm: QuantGraphModule, bound: inspect.BoundArguments) -> Trace:
     """The kernels that each node of a graph runs, and the dtype of each tensor that it gives."""
-    runner = _Marking(gm, bound)
+    trace = Trace()
+    graphs = labelled(gm)
+
+    def marked(label: str, part: fx.GraphModule, bound: inspect.BoundArguments) -> Any:
+        trace.runs[label] += 1
+        return _Marking(part, bound, label, trace.dtypes).run()
+
     found: dict[str, list[Any]] = {}
-    for event in _events(runner.run):
+    with _parts_run_by(graphs, marked):
+        events = _events(lambda: marked("", gm, bound))
+    for event in events:
         mark = next((e.name for e in _ancestors(event) if e.name.startswith(_MARK)), None)
         if mark is not None:
             found.setdefault(mark.removeprefix(_MARK), []).append(event)
-    return {name: _count(part) for name, part in found.items()}, runner.dtypes
+    trace.by_node.update((name, _count(part)) for name, part in found.items())
+    return trace
+
+
+@contextmanager
+def _parts_run_by(
+    graphs: Mapping[str, QuantGraphModule],
+    run: Callable[[str, QuantGraphModule, inspect.BoundArguments], Any],
+) -> Iterator[None]:
+    """Let ``run`` execute the parts of islands when these call them."""
+
+    def forward(label: str, part: QuantGraphModule) -> Callable[..., Any]:
+        signature = inspect.signature(part.forward)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return run(label, part, bound)
+
+        return call
+
+    parts = {label: graph for label, graph in graphs.items() if label}
+    for label, part in parts.items():
+        part.__dict__["forward"] = forward(label, part)
+    try:
+        yield
+    finally:
+        for part in parts.values():
+            del part.__dict__["forward"]
 
 
 def macs_by_node(
-    gm: fx.GraphModule, bound: inspect.BoundArguments, names: Collection[str]
+    gm: QuantGraphModule, bound: inspect.BoundArguments, names: Collection[str]
 ) -> dict[str, int]:
-    """Multiply-accumulates that PyTorch counts below the named nodes, which run in FP32."""
+    """Multiply-accumulates that PyTorch counts below the named nodes, which run in FP32.
+
+    Those of parts are theirs, and not their island's.
+    """
+
+    def uncounted(_: str, part: QuantGraphModule, bound: inspect.BoundArguments) -> Any:
+        with _disable_current_modes():
+            return type(part).forward(part, *bound.args, **bound.kwargs)
+
     runner = _Counting(gm, bound, names)
     fast = torch.backends.mha.get_fastpath_enabled()
     # PyTorch counts matrix products, but neither attention's fused forms on a CPU.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        parts = _parts_run_by(labelled(gm), uncounted)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), parts:
             runner.run()
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -114,16 +179,23 @@ def macs_by_node(
 class _Marking(BoundInterpreter):
     """Runs a graph with a mark in the profile around every node."""
 
-    def __init__(self, gm: fx.GraphModule, bound: inspect.BoundArguments) -> None:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        bound: inspect.BoundArguments,
+        label: str,
+        dtypes: dict[str, torch.dtype],
+    ) -> None:
         super().__init__(gm, bound)
-        self.dtypes: dict[str, torch.dtype] = {}
+        self.label = label
+        self.dtypes = dtypes
 
     def run_node(self, n: fx.Node) -> Any:
         """Run ``n`` under a mark."""
-        with record_function(f"{_MARK}{n.name}"):
+        with record_function(f"{_MARK}{self.label}{n.name}"):
             value = super().run_node(n)
         if isinstance(value, Tensor):
-            self.dtypes[n.name] = value.dtype
+            self.dtypes[f"{self.label}{n.name}"] = value.dtype
         return value
 
 

@@ -34,17 +34,19 @@ _PRODUCTS = frozenset(
 
 
 def build_ledger(gm: QuantGraphModule) -> tuple[OpEntry, ...]:
-    """One entry per operation that a float tensor enters, in graph order.
+    """One entry per operation that a float tensor enters, and island, in graph order.
 
     Args:
         gm: a float graph, nothing folded yet, with value records where example inputs ran.
     """
     entries = []
+    islands = dict(gm.state.islands)
     for node in gm.graph.nodes:
         if node.op not in ("call_module", "call_function", "call_method"):
             continue
         float_input = has_float_input(gm, node)
-        if not (float_input or looks_up(gm, node)) or not _gives_tensors(gm, node):
+        reads = float_input or looks_up(gm, node) or str(node.target) in islands
+        if not reads or not _gives_tensors(gm, node):
             continue
         kind = kind_of(gm, node)
         path = str(node.target) if node.op == "call_module" else record_of(node).scope

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.errors import NotAGraphModuleError
-from fxquant.graph_module import OpEntry, QuantGraphModule, Stage
+from fxquant.graph_module import OpEntry, QuantGraphModule, Stage, parts_below
 from fxquant.half import NORMALIZATIONS
 from fxquant.kernels import as_quantized, checked_input
 from fxquant.metadata import FusionRecord, NodeRecord, record_of
@@ -105,9 +105,17 @@ def checked(model: object, caller: str) -> QuantGraphModule:
 
 
 def rows_of(gm: QuantGraphModule) -> tuple[OpRow, ...]:
-    """One row for every op of the float graph, in its order."""
+    """One row for every op of the float graph, in its order; an island before what is in it."""
     reader = _Reader(gm)
-    return tuple(reader.row(entry) for entry in gm.state.ledger)
+    rows: list[OpRow] = []
+    listed: set[int] = set()
+    for entry in gm.state.ledger:
+        rows.append(reader.row(entry))
+        for part in reader.parts(entry):
+            if id(part) not in listed:  # once, however often the island is called
+                listed.add(id(part))
+                rows += rows_of(part)
+    return tuple(rows)
 
 
 class _Reader:
@@ -185,6 +193,14 @@ class _Reader:
             kernel=f"aten::{entry.kind} in {shown}",
             notes=record.reasons,
         )
+
+    def parts(self, entry: OpEntry) -> tuple[QuantGraphModule, ...]:
+        """The graphs in what an op calls as it is."""
+        node = self.carriers.get(entry.name)
+        if node is None or node.op != "call_module":
+            return ()
+        module = self.gm.get_submodule(str(node.target))
+        return () if isinstance(module, QuantGraphModule) else tuple(parts_below(module))
 
     # -- who carries what -------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ from fxquant.passes.lower import Lower
 from fxquant.passes.mark_boundary import MarkBoundary
 from fxquant.passes.nest_modules import NestModules
 from fxquant.passes.prepack import Prepack
-from fxquant.passes.propagate_qconfigs import PropagateQConfigs
+from fxquant.passes.propagate_qconfigs import PropagateQConfigs, Subject
 from fxquant.passes.recognize_channel_shuffle import RecognizeChannelShuffle
 from fxquant.passes.remove_identities import WITHOUT_GRADIENT, RemoveIdentities
 from fxquant.passes.round_biases import RoundBiases
@@ -70,7 +70,12 @@ def equalize_pipeline(*, open_clamps: bool = False) -> Pipeline:
 
 
 def prepare_pipeline(
-    mapping: QConfigMapping, known_paths: tuple[str, ...], *, bias_correction: bool = True
+    mapping: QConfigMapping,
+    known_paths: tuple[str, ...],
+    nest: NestModules = NestModules(),  # noqa: B008  # frozen
+    *,
+    elsewhere: tuple[Subject, ...] = (),
+    bias_correction: bool = True,
 ) -> Pipeline:
     """Float graph to prepared graph.
 
@@ -78,12 +83,15 @@ def prepare_pipeline(
         mapping: the user's qconfigs.
         known_paths: module paths of the user's model, for rules that match nothing.
         bias_correction: also watch what correct-bias needs.
+        nest: what becomes of modules that cannot be traced.
+        elsewhere: ops in other graphs of the model, likewise.
     """
     watch = (InsertChannelMeans(),) if bias_correction else ()
     return Pipeline(
         "prepare",
         (
-            PropagateQConfigs(mapping, known_paths),  # first: a bad rule is told before any work
+            PropagateQConfigs(mapping, known_paths, elsewhere),  # first: a bad rule is told
+            nest,  # what is in them is no matter of this graph
             Functionalize(),  # in-place writes would hide who reads what
             RemoveIdentities(),  # dropout and identity would stand between pattern members
             TakePieces(),  # specs are about ops with one result
@@ -100,17 +108,26 @@ def prepare_pipeline(
     )
 
 
-def qat_prepare_pipeline(mapping: QConfigMapping, known_paths: tuple[str, ...]) -> Pipeline:
+def qat_prepare_pipeline(
+    mapping: QConfigMapping,
+    known_paths: tuple[str, ...],
+    nest: NestModules = NestModules(),  # noqa: B008  # frozen
+    *,
+    elsewhere: tuple[Subject, ...] = (),
+) -> Pipeline:
     """Float graph to a graph that trains with what int8 will round.
 
     Args:
         mapping: the user's qconfigs.
         known_paths: module paths of the user's model, for rules that match nothing.
     """
+        nest: what becomes of modules that cannot be traced.
+        elsewhere: ops in other graphs of the model, likewise.
     return Pipeline(
         "qat-prepare",
         (
-            PropagateQConfigs(mapping, known_paths),  # first: a bad rule is told before any work
+            PropagateQConfigs(mapping, known_paths, elsewhere),  # first: a bad rule is told
+            nest,  # what is in them is no matter of this graph
             Functionalize(),  # in-place writes would hide who reads what
             RemoveIdentities(WITHOUT_GRADIENT),  # they would stand between pattern members
             TakePieces(),  # specs are about ops with one result
@@ -126,12 +143,19 @@ def qat_prepare_pipeline(mapping: QConfigMapping, known_paths: tuple[str, ...]) 
     )
 
 
-def reference_pipeline() -> Pipeline:
-    """Prepared graph to quantize, float op, dequantize."""
+def reference_pipeline(
+    nested: ConvertNested = ConvertNested(),  # noqa: B008  # frozen
+) -> Pipeline:
+    """Prepared graph to quantize, float op, dequantize.
+
+    Args:
+        nested: converts the parts of modules that cannot be traced.
+    """
     return Pipeline(
         "reference",
         (
             FreezeWeights(),  # what trained is float modules again, which all others know
+            nested,  # they were prepared on their own
             RemoveIdentities(),  # dropout that was active in training
             CorrectBias(),  # needs the float weights, and takes the channel means out
             ToReference(),  # parameters are computed here, once

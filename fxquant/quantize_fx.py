@@ -5,14 +5,15 @@ None of them touches what it is given: each works on a copy and returns a new mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from torch import fx, nn
 
 from fxquant.autocast import without_autocast
-from fxquant.capture import capture, own_copy, take_apart
+from fxquant.capture import capture, own_copy, take_apart, warn_of_islands
 from fxquant.errors import (
     CaptureError,
     ConfigError,
@@ -24,9 +25,13 @@ from fxquant.errors import (
 )
 from fxquant.graph_codec import encode_graph
 from fxquant.graph_module import QuantGraphModule, Stage
+from fxquant.islands import ConvertIslands, Island, NestIslands, Part, subjects_in
 from fxquant.ledger import build_ledger
 from fxquant.op_view import Form, op_of
 from fxquant.pass_manager import PassContext, Pipeline
+from fxquant.passes.convert_nested import ConvertNested
+from fxquant.passes.nest_modules import NestModules
+from fxquant.passes.propagate_qconfigs import subjects_of
 from fxquant.pipelines import (
     fuse_pipeline,
     lowering_pipeline,
@@ -45,6 +50,7 @@ from fxquant.shapes import record_shapes
 from fxquant.targets.registry import target_here, target_named
 from fxquant.targets.training import while_training
 from fxquant.torch_prepared import is_prepared_by_torch
+from fxquant.ways_in import Steering, as_module, capture_any
 
 
 class _Missing:
@@ -65,6 +71,9 @@ def prepare_fx(
     *,
     target: str = "x86",
     bias_correction: bool = True,
+    concrete_args: Mapping[str, Any] | None = None,
+    leaf_modules: Iterable[str | type[nn.Module]] = (),
+    strict_capture: bool = False,
     strict: bool = False,
 ) -> QuantGraphModule:
     """Trace ``model``, fold and fuse it, and insert observers.
@@ -73,7 +82,8 @@ def prepare_fx(
     calibration data through it (:func:`fxquant.calibrate`), then :func:`convert_fx`.
 
     Args:
-        model: a module in evaluation mode, or a traced ``GraphModule``. It is not touched.
+        model: a module in evaluation mode, a traced ``GraphModule``, or a
+            ``torch.export.ExportedProgram`` or its ``.module()``. It is not touched.
         qconfig_mapping: which op is quantized how: a ``QConfigMapping``, a dict such as
             ``{"": qconfig, "layer1.0.conv1": None, torch.nn.Linear: qconfig}``, or a legacy dict.
             ``None`` is the default mapping of the target.
@@ -85,6 +95,15 @@ def prepare_fx(
         bias_correction: correct the biases of convolutions and linears for the mean error of their
             rounded weights (4 dB on EfficientNet-Lite0); calibration then also watches the mean of
             every channel, in modules ``channel_mean_N``.
+        concrete_args: inputs of ``forward`` that are fixed to a value, by name: their branches are
+            taken while tracing, and another value is an error later.
+        leaf_modules: paths and classes of modules to leave as they are: not traced into, and
+            nothing in them quantized (layers of ``torch.nn`` are never traced into; the mapping
+            says whether they are quantized).
+        strict_capture: a module that cannot be traced is an error. Otherwise it runs as it is,
+            with what it only calls quantized on its own; and where the ``forward`` of the whole
+            model cannot be traced, ``torch.export`` captures it, or, if that fails, the model runs
+            as it is with its layers quantized (docs/capture.md).
         strict: turn every warning into an error.
 
     Returns:
@@ -94,13 +113,15 @@ def prepare_fx(
         MissingExampleInputsError: ``example_inputs`` was omitted.
         ConfigError: the mapping has unknown keys or names something that is not there.
         TrainingModeError: a batch-norm would be folded while the model trains.
-        CaptureError: the model cannot be traced.
+        CaptureError: the model cannot be captured in any way, or, under ``strict_capture``, traced
+            as a whole.
         StrictModeError: under ``strict``, what would have been a warning.
     """
     mapping = _mapping(qconfig_mapping, get_default_qconfig_mapping)
-    paths = _paths(model)
-    pipeline = prepare_pipeline(mapping, paths, bias_correction=bias_correction)
-    return _prepare(model, example_inputs, pipeline, _Call("prepare_fx", target, strict=strict))
+    pipeline = functools.partial(prepare_pipeline, mapping, bias_correction=bias_correction)
+    steering = Steering(concrete_args or {}, tuple(leaf_modules), strict=strict_capture)
+    call = _Call("prepare_fx", target, strict=strict, steering=steering)
+    return _prepare(model, example_inputs, pipeline, call)
 
 
 @without_autocast
@@ -110,6 +131,9 @@ def prepare_qat_fx(
     example_inputs: Any = _MISSING,
     *,
     target: str = "x86",
+    concrete_args: Mapping[str, Any] | None = None,
+    leaf_modules: Iterable[str | type[nn.Module]] = (),
+    strict_capture: bool = False,
     strict: bool = False,
 ) -> QuantGraphModule:
     """Trace ``model`` and let it train with what int8 will round: quantization-aware training.
@@ -125,6 +149,10 @@ def prepare_qat_fx(
             the default mapping of the target.
         example_inputs: as for :func:`prepare_fx`.
         target: as for :func:`prepare_fx`.
+        concrete_args: as for :func:`prepare_fx`.
+        leaf_modules: as for :func:`prepare_fx`.
+        strict_capture: as for :func:`prepare_fx`, but a model whose ``forward`` cannot be traced is
+            never exported: what ``torch.export`` gives does not train.
         strict: turn every warning into an error.
 
     Returns:
@@ -134,12 +162,13 @@ def prepare_qat_fx(
     Raises:
         MissingExampleInputsError: ``example_inputs`` was omitted.
         ConfigError: the mapping has unknown keys or names something that is not there.
-        CaptureError: the model cannot be traced.
+        CaptureError: as for :func:`prepare_fx`; also an ``ExportedProgram``.
         StrictModeError: under ``strict``, what would have been a warning.
     """
     mapping = _mapping(qconfig_mapping, get_default_qat_qconfig_mapping)
-    pipeline = qat_prepare_pipeline(mapping, _paths(model))
-    call = _Call("prepare_qat_fx", target, strict=strict, trains=True)
+    pipeline = functools.partial(qat_prepare_pipeline, mapping)
+    steering = Steering(concrete_args or {}, tuple(leaf_modules), strict=strict_capture)
+    call = _Call("prepare_qat_fx", target, strict=strict, steering=steering, trains=True)
     return _prepare(model, example_inputs, pipeline, call)
 
 
@@ -151,12 +180,14 @@ class _Call:
         caller: its name.
         target: name of the target.
         strict: warnings are errors.
+        steering: of the capture.
         trains: the result trains, so it has parameters of its own.
     """
 
     caller: str
     target: str
     strict: bool
+    steering: Steering
     trains: bool = False
 
 
@@ -171,21 +202,24 @@ def _paths(model: object) -> tuple[str, ...]:
 
 
 def _prepare(
-    model: nn.Module, example_inputs: Any, pipeline: Pipeline, call: _Call
+    model: nn.Module, example_inputs: Any, pipeline: Callable[..., Pipeline], call: _Call
 ) -> QuantGraphModule:
     if isinstance(example_inputs, _Missing):
         raise MissingExampleInputsError(
             f"{call.caller}() misses the argument example_inputs: a tuple of inputs that the model"
             " accepts, such as (torch.randn(1, 3, 224, 224),). Pass None to go without shapes"
         )
+    model = as_module(model, call.caller, trains=call.trains)
     _check_module(model, call.caller)
     diagnostics = Diagnostics(strict=call.strict)
     chosen = target_here(call.target, diagnostics)
-    gm = capture(model, diagnostics, example_inputs, share=not call.trains)
-    record_shapes(gm, example_inputs, diagnostics)
-    gm.update_state(target=chosen.name, ledger=build_ledger(gm))
+    captured = capture_any(model, diagnostics, example_inputs, call.steering, trains=call.trains)
+    gm = captured.graph
     table = while_training(chosen) if call.trains else chosen
-    pipeline.run(gm, PassContext(target=table, diagnostics=diagnostics))
+    context = PassContext(target=table, diagnostics=diagnostics)
+    elsewhere = (*subjects_of(gm), *subjects_in(captured.islands)) if captured.islands else ()
+    run = functools.partial(pipeline, _paths(model), elsewhere=elsewhere)
+    _run_prepare(gm, captured.islands, run, context, target_name=chosen.name)
     if call.trains:
         _warn_of_fixed_modes(gm, diagnostics)
     else:
@@ -193,6 +227,28 @@ def _prepare(
         if model.training:
             _warn_of_dropout(gm, diagnostics)
     return gm
+
+
+def _run_prepare(
+    gm: QuantGraphModule,
+    islands: tuple[Island, ...],
+    pipeline: Callable[[NestModules], Pipeline],
+    context: PassContext,
+    *,
+    target_name: str,
+) -> None:
+    """Prepare a graph, and the parts of its islands, in place."""
+
+    def prepare(part: Part) -> None:
+        _run_prepare(part.graph, part.islands, pipeline, context, target_name=target_name)
+
+    gm.update_state(target=target_name)
+    nest = (
+        NestModules(NestIslands(islands, prepare, context.diagnostics))
+        if islands
+        else NestModules()
+    )
+    pipeline(nest).run(gm, context)
 
 
 @without_autocast
@@ -215,11 +271,9 @@ def convert_fx(prepared: nn.Module, *, strict: bool = False) -> QuantGraphModule
         NonFiniteStatisticError: a weight or a statistic is NaN or Inf.
         StrictModeError: under ``strict``, what would have been a warning (no calibration).
     """
-    gm, context = _reference(prepared, "convert_fx", strict=strict)
-    if context.target.executes:
-        gm.cpu()  # calibrated on a GPU, it still runs where the kernels are
-        gm.update_state(reference=tuple(encode_graph(gm.graph)))
-        lowering_pipeline().run(gm, context)
+    gm, context = _taken(prepared, "convert_fx", strict=strict)
+    _convert(gm, context, lower=context.target.executes)
+    take_apart(gm, prepared)
     return gm
 
 
@@ -238,7 +292,10 @@ def convert_to_reference_fx(prepared: nn.Module, *, strict: bool = False) -> Qua
         NotAGraphModuleError: ``prepared`` was never traced.
         NotPreparedError: ``prepared`` has no observers.
     """
-    return _reference(prepared, "convert_to_reference_fx", strict=strict)[0]
+    gm, context = _taken(prepared, "convert_to_reference_fx", strict=strict)
+    _convert(gm, context, lower=False)
+    take_apart(gm, prepared)
+    return gm
 
 
 @without_autocast
@@ -261,6 +318,7 @@ def fuse_fx(
     diagnostics = Diagnostics(strict=strict)
     gm = capture(model, diagnostics, example_inputs, share=True)
     record_shapes(gm, example_inputs, diagnostics)
+    warn_of_islands(gm, diagnostics)
     gm.update_state(ledger=build_ledger(gm))
     fuse_pipeline().run(gm, PassContext(target=target_named("x86"), diagnostics=diagnostics))
     gm.update_state(stage=Stage.FUSED)
@@ -309,9 +367,8 @@ def _check_module(model: object, caller: str) -> None:
         raise CaptureError(f"{caller} needs a torch.nn.Module, got {type(model).__name__}")
 
 
-def _reference(
-    prepared: object, caller: str, *, strict: bool
-) -> tuple[QuantGraphModule, PassContext]:
+def _taken(prepared: object, caller: str, *, strict: bool) -> tuple[QuantGraphModule, PassContext]:
+    """A copy of a prepared model, to be converted."""
     if not isinstance(prepared, fx.GraphModule):
         raise NotAGraphModuleError(
             f"input model must be a GraphModule, Got type:{type(prepared)} Please make sure to"
@@ -338,7 +395,19 @@ def _reference(
         gm.eval()  # training is over
     diagnostics = Diagnostics(strict=strict)
     context = PassContext(target=target_here(gm.state.target, diagnostics), diagnostics=diagnostics)
-    gm.update_state(target=context.target.name)
-    reference_pipeline().run(gm, context)
-    take_apart(gm, prepared)
     return gm, context
+
+
+def _convert(gm: QuantGraphModule, context: PassContext, *, lower: bool) -> None:
+    """Convert a graph, and the parts of its islands, in place."""
+
+    def convert(part: QuantGraphModule) -> None:
+        _convert(part, context, lower=lower)
+
+    gm.update_state(target=context.target.name)
+    islands = ConvertIslands(convert, context.diagnostics)
+    reference_pipeline(ConvertNested(islands)).run(gm, context)
+    if lower:
+        gm.cpu()  # calibrated on a GPU, it still runs where the kernels are
+        gm.update_state(reference=tuple(encode_graph(gm.graph)))
+        lowering_pipeline().run(gm, context)

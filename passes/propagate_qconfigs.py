@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -22,6 +23,29 @@ DEFAULT = "(default)"
 """Ends a rule that the default mapping brings along and no user wrote."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """An op as rules see it.
+
+    Attributes:
+        keywords: of :func:`fxquant.qconfig_mapping.resolve`.
+        scope: path of the module that makes the call.
+        type_name: short name of its type.
+    """
+
+    keywords: Mapping[str, Any]
+    scope: str
+    type_name: str
+
+
+def subjects_of(gm: QuantGraphModule) -> Iterator[Subject]:
+    """The ops of a graph as rules see them."""
+    for node in gm.graph.nodes:
+        if node.op in _OPS:
+            scope, name = record_of(node).scope, type_name(gm, node)
+            yield Subject(keywords=subject(gm, node), scope=scope, type_name=name)
+
+
 @dataclass(frozen=True)
 class PropagateQConfigs(Pass):
     """Record for every op the qconfig that the mapping gives it, and the rule.
@@ -29,6 +53,7 @@ class PropagateQConfigs(Pass):
     Attributes:
         mapping: what the user asked for.
         known_paths: every module path of the user's model, for rules that match nothing.
+        elsewhere: ops in other graphs of the same model, which rules may match instead.
 
     Raises:
         UnmatchedRuleError: a module-name, regex or call-order rule names nothing in the model.
@@ -36,6 +61,7 @@ class PropagateQConfigs(Pass):
 
     mapping: QConfigMapping
     known_paths: tuple[str, ...] = field(default=())
+    elsewhere: tuple[Subject, ...] = ()
 
     name: ClassVar[str] = "propagate-qconfigs"
     establishes: ClassVar[frozenset[Fact]] = frozenset({Fact.QCONFIGS})
@@ -59,7 +85,11 @@ class PropagateQConfigs(Pass):
             if record.qconfig != resolution.qconfig or record.rule != rule:
                 update_record(node, qconfig=resolution.qconfig, rule=rule)
                 changes += 1
+        for other in self.elsewhere:
+            matched.update(resolve(self.mapping, **other.keywords).matched_keys)
+            seen.add(other.scope)
         names = {type_name(gm, n) for n in gm.graph.nodes if n.op in _OPS}
+        names |= {other.type_name for other in self.elsewhere}
         self._report_unmatched(matched, seen, names, context)
         return PassResult(changes=changes)
 
@@ -80,8 +110,8 @@ class PropagateQConfigs(Pass):
             elif ("module_name", name) not in matched:
                 context.diagnostics.warn(
                     f"module_name rule {name!r} governs no op: the model does not call that module,"
-                    " or only inside an island, or calls it under another of its names. Remove the"
-                    " rule, or name the module that is called",
+                    " or only from code that cannot be traced, or calls it under another of its"
+                    " names. Remove the rule, or name the module that is called",
                     ConfigWarning,
                 )
         for pattern in mapping.module_name_regex_qconfigs:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxquant.capture import capture, own_copy
+from fxquant.capture import capture, own_copy, warn_of_islands
 from fxquant.errors import (
     CaptureError,
     CaptureWarning,
@@ -245,8 +245,9 @@ class HasIsland(nn.Module):
 
 def test_an_untraceable_submodule_becomes_an_island() -> None:
     model = HasIsland().eval()
+    gm = traced(model, IMAGES)
     with pytest.warns(CaptureWarning) as seen:
-        gm = traced(model, IMAGES)
+        warn_of_islands(gm, Diagnostics())
     (message,) = [str(warning.message) for warning in seen]
     assert "module 'wrapped.1' (Decides) cannot be traced and stays in FP32" in message
     assert line_of(Decides.forward, "if x.sum() > 0:") in message
@@ -263,16 +264,15 @@ def test_strict_refuses_islands() -> None:
 
 
 def test_an_island_is_not_quantized_and_its_neighbours_are() -> None:
-    with pytest.warns(CaptureWarning):
+    with pytest.warns(CaptureWarning, match="opaque island"):
         gm = prepare_fx(HasIsland().eval(), None, (IMAGES,))
     quantized = {n.name for n in gm.graph.nodes if record_of(n).annotation is not None}
     assert quantized == {"conv", "wrapped_0", "last"}
 
 
 def test_several_islands_are_all_found() -> None:
-    with pytest.warns(CaptureWarning) as seen:
-        traced(nn.Sequential(HasIsland(), HasIsland()), IMAGES)
-    assert sorted(str(w.message).split("'")[1] for w in seen) == ["0.wrapped.1", "1.wrapped.1"]
+    gm = traced(nn.Sequential(HasIsland(), HasIsland()), IMAGES)
+    assert [path for path, _ in gm.state.islands] == ["0.wrapped.1", "1.wrapped.1"]
 
 
 class RootDecides(nn.Module):
@@ -294,6 +294,7 @@ def test_a_script_module_is_a_leaf() -> None:
     scripted = torch.jit.script(Decides())
     gm = traced(nn.Sequential(nn.ReLU(), scripted), IMAGES)
     assert [str(n.target) for n in nodes(gm, "call_module")] == ["0", "1"]
+    assert gm.state.islands == (("1", "it is TorchScript, which torch.fx cannot look into"),)
 
 
 # -- conditions on shapes -------------------------------------------------------------------------

@@ -136,7 +136,8 @@ def test_nothing_is_shared_with_what_the_caller_gave() -> None:
     for result in made:
         assert not _storages(result) & _storages(model)
         assert result is prepared or not _storages(result) & _storages(prepared)
-    listing = prepared.get_submodule("listing")
+    untouched = prepare_fx(model, None, (x,), leaf_modules=["listing"])
+    listing = untouched.get_submodule("listing")
     assert isinstance(listing, Listing)
     assert listing.first.weight is listing.second.weight is listing.listed[0]
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxquant import compat
 from fxquant.errors import ConfigWarning, StrictModeError
 from fxquant.graph_module import QuantGraphModule
 from fxquant.metadata import Annotation, record_of
@@ -23,6 +24,7 @@ from fxquant.observers import (
 from fxquant.pass_manager import fingerprint
 from fxquant.passes.annotate import Annotate
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
+from fxquant.qconfig_mapping import normalize
 from fxquant.quantize_fx import prepare_fx
 from fxquant.targets.registry import target_named
 from tests.passes.helpers import (
@@ -352,7 +354,8 @@ def test_weight_norms_say_how_to_remove_them() -> None:
         old = torch.nn.utils.weight_norm(nn.Conv2d(4, 4, 1))
     new = torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1))
     model = nn.Sequential(old, new).eval()
-    gm = prepare_fx(model, {"": A}, (IMAGES,))
+    # prepare_fx of fxquant settles them itself
+    gm = compat.prepare_fx(model, normalize({"": A}), (IMAGES,))
     assert "torch.nn.utils.remove_weight_norm" in reasons(gm, "_0")
     assert "remove_parametrizations" in reasons(gm, "_1")
     torch.testing.assert_close(gm(IMAGES), model(IMAGES))
