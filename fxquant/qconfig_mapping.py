@@ -30,13 +30,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxquant.errors import ConfigError, UnknownKeyError, did_you_mean
+from fxquant.dict_policy import OWN, DictPolicy, read_keys
+from fxquant.errors import ConfigError, Diagnostics, UnknownKeyError, did_you_mean
 from fxquant.fake_quantize import (
     FixedQParamsFakeQuantize,
     default_weight_fake_quant,
@@ -85,6 +86,9 @@ class QConfigMapping:
         from_torch_ao: made from a mapping of torch.ao, where names that match nothing are common;
             they draw a warning, not an error.
     """
+
+    dict_policy: ClassVar[DictPolicy] = OWN
+    """How :meth:`from_dict` reads, unless told otherwise."""
 
     def __init__(self) -> None:
         self.global_qconfig: QConfig | None = None
@@ -199,24 +203,33 @@ class QConfigMapping:
         }
 
     @classmethod
-    def from_dict(cls, qconfig_dict: Mapping[str, Any]) -> QConfigMapping:
+    def from_dict(
+        cls,
+        qconfig_dict: Mapping[str, Any],
+        policy: DictPolicy | None = None,
+        diagnostics: Diagnostics | None = None,
+    ) -> QConfigMapping:
         """Read a legacy dict.
 
         Args:
             qconfig_dict: any of the keys ``""`` (a qconfig), ``object_type``,
                 ``module_name_regex``, ``module_name`` (lists of ``(key, qconfig)``) and
                 ``module_name_object_type_order`` (a list of ``(path, type, index, qconfig)``).
+            policy: about unknown keys; by default the class's.
+            diagnostics: where warnings go; by default to ``warnings``.
 
         Raises:
-            UnknownKeyError: another key.
+            UnknownKeyError: another key, where the policy says so.
             ConfigError: a value of another form.
         """
+        policy = cls.dict_policy if policy is None else policy
         mapping = cls()
-        for key in qconfig_dict:
-            if key != "" and key not in _LEVELS:
-                raise UnknownKeyError(_unknown_key(key))
-        if "" in qconfig_dict:
-            mapping.set_global(qconfig_dict[""])
+        known = ("", *_LEVELS)
+        given: Mapping[str, Any] = read_keys(
+            qconfig_dict, known, "qconfig dict", policy, diagnostics
+        )
+        if "" in given:
+            mapping.set_global(given[""])
         setters: dict[str, tuple[int, Callable[..., object]]] = {
             "object_type": (2, mapping.set_object_type),
             "module_name_regex": (2, mapping.set_module_name_regex),
@@ -224,7 +237,7 @@ class QConfigMapping:
             "module_name_object_type_order": (4, mapping.set_module_name_object_type_order),
         }
         for level, (length, setter) in setters.items():
-            for entry in _entries(level, qconfig_dict.get(level, []), length):
+            for entry in _entries(level, given.get(level, []), length):
                 setter(*entry)
         return mapping
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from torch import fx, nn
 
+from fxquant.errors import ConfigError
 from fxquant.graph_module import QuantGraphModule
 from fxquant.qconfig import QConfig, as_qconfig
 
@@ -112,6 +113,25 @@ def trained_by_torch(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.ao.nn.") and hasattr(
         module, "weight_fake_quant"
     )
+
+
+def refuse_trained(gm: fx.GraphModule) -> None:
+    """Stop where a model that is to be prepared holds modules that train rounded already.
+
+    Raises:
+        ConfigError: a call of one; torch.ao goes on with the scales that such a module has.
+    """
+    for node in gm.graph.nodes:
+        if node.op != "call_module":
+            continue
+        module = gm.get_submodule(str(node.target))
+        if trained_by_torch(module):
+            raise ConfigError(
+                f"module {str(node.target)!r} is torch.ao's {type(module).__name__}, whose weight"
+                " is rounded already: preparing it again would lose what it was trained to. A"
+                " model that prepare_qat_fx made goes to fxquant.compat.convert_fx as it is; in a"
+                " model of your own replace the module by its module.to_float()"
+            )
 
 
 def fused_by_torch(module: nn.Module) -> bool:

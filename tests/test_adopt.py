@@ -590,6 +590,21 @@ def test_modules_that_train_in_their_own_way_are_refused() -> None:
         compat.convert_fx(made)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("call", ["prepare_fx", "prepare_qat_fx"])
+@pytest.mark.parametrize("library", [compat, fxquant])
+def test_modules_of_torch_that_train_are_no_float_modules(
+    library: Any, call: str, fused: bool
+) -> None:
+    """torch.ao prepares around them; here one says what to do."""
+    made = prepared(Trained(), (X,), tq.get_default_qat_qconfig_mapping(), trains=1)
+    module = made.c if fused else made.c2
+    with pytest.raises(ConfigError, match=rf"{type(module).__name__}.*to_float\(\)"), quiet():
+        getattr(library, call)(nn.Sequential(module).eval(), {"": QCONFIG}, (X,))
+    with quiet():
+        getattr(library, call)(nn.Sequential(module.to_float()).eval(), {"": QCONFIG}, (X,))
+
+
 def test_a_model_that_torch_converted_is_no_prepared_one() -> None:
     with quiet():
         made = tq_fx.convert_fx(prepared(Net(), (X,), defaults()))

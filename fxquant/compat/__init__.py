@@ -11,8 +11,6 @@ placement, sharing and defaults. ``docs/differences.md`` lists what is deliberat
 from __future__ import annotations
 
 from fxquant.backend_config import (
-    BackendConfig,
-    BackendPatternConfig,
     ObservationType,
 )
 from fxquant.backend_patterns import (
@@ -23,6 +21,15 @@ from fxquant.compat.backends import (
     get_native_backend_config,
     get_onednn_backend_config,
     get_qnnpack_backend_config,
+)
+from fxquant.compat.configs import (
+    BackendConfig,
+    BackendPatternConfig,
+    ConvertCustomConfig,
+    DTypeConfig,
+    FuseCustomConfig,
+    PrepareCustomConfig,
+    QConfigMapping,
 )
 from fxquant.compat.front_door import (
     convert_fx,
@@ -52,13 +59,9 @@ from fxquant.compat.names import (
     get_default_qconfig_mapping,
 )
 from fxquant.custom_config import (
-    ConvertCustomConfig,
-    FuseCustomConfig,
-    PrepareCustomConfig,
     QuantType,
 )
 from fxquant.dtype_config import (
-    DTypeConfig,
     DTypeWithConstraints,
 )
 from fxquant.fake_quantize import (
@@ -139,9 +142,6 @@ from fxquant.qconfig import (
     float_qparams_weight_only_qconfig,
     float_qparams_weight_only_qconfig_4bit,
     per_channel_dynamic_qconfig,
-)
-from fxquant.qconfig_mapping import (
-    QConfigMapping,
 )
 
 __all__ = [

@@ -53,7 +53,7 @@ from fxquant.shapes import record_shapes
 from fxquant.targets.compat import X86_COMPAT, compat_target
 from fxquant.targets.table import Target
 from fxquant.targets.training import refusing_wrong_tables, while_training
-from fxquant.torch_prepared import is_prepared_by_torch
+from fxquant.torch_prepared import is_prepared_by_torch, refuse_trained, trained_by_torch
 
 _LEVELS: Final = {
     "global": "",
@@ -90,7 +90,8 @@ def prepare_fx(
         TrainingModeError: a batch-norm would be folded while the model trains.
         UntraceableError: the model, or a part that is not listed as non-traceable, cannot be
             traced (also fx's ``TraceError``).
-        ConfigError: a config that is none, or ``_equalization_config``.
+        ConfigError: a config that is none, ``_equalization_config``, or a module of torch.ao that
+            trains rounded already.
     """
     if _equalization_config:
         raise ConfigError(
@@ -174,7 +175,10 @@ def _prepare(
 
     nesting = Nesting(config, prepare)
     leaves = nesting.leaves(model)
+    trained = {p: _TRAINED for p, m in model.named_modules() if trained_by_torch(m)}
+    leaves = trained | leaves
     gm = capture(model, diagnostics, example_inputs, leaves=leaves, strict_capture=True)
+    refuse_trained(gm)
     record_shapes(gm, example_inputs, diagnostics)
     gm.update_state(target=X86_COMPAT.name, ledger=build_ledger(gm))
     paths = tuple(name for name, _ in model.named_modules(remove_duplicate=False))
@@ -193,8 +197,7 @@ def _rules(mapping: Any, diagnostics: Diagnostics) -> QConfigMapping:
     """The mapping, read as torch.ao reads it: rules that match nothing are no errors."""
     if isinstance(mapping, Mapping):
         note_legacy_form("QConfig dictionary", "prepare", "QConfigMapping", TORCH_AO, diagnostics)
-        known = {key: value for key, value in mapping.items() if key in _LEGACY_KEYS}
-        rules = normalize(QConfigMapping.from_dict(known))
+        rules = QConfigMapping.from_dict(mapping, TORCH_AO, diagnostics)
     else:
         rules = normalize(mapping)
     copied = QConfigMapping.from_dict(rules.to_dict())
@@ -203,13 +206,7 @@ def _rules(mapping: Any, diagnostics: Diagnostics) -> QConfigMapping:
     return copied
 
 
-_LEGACY_KEYS: Final = (
-    "",
-    "object_type",
-    "module_name_regex",
-    "module_name",
-    "module_name_object_type_order",
-)
+_TRAINED: Final = "it trains already"
 
 
 def _target(backend_config: Any) -> Target:
