@@ -49,7 +49,7 @@ from fxquant.qconfig_mapping import (
 from fxquant.shapes import record_shapes
 from fxquant.targets.registry import target_here, target_named
 from fxquant.targets.training import while_training
-from fxquant.torch_prepared import is_prepared_by_torch
+from fxquant.torch_prepared import is_prepared_by_torch, refuse_trained
 from fxquant.ways_in import Steering, as_module, capture_any
 
 
@@ -215,6 +215,7 @@ def _prepare(
     chosen = target_here(call.target, diagnostics)
     captured = capture_any(model, diagnostics, example_inputs, call.steering, trains=call.trains)
     gm = captured.graph
+    refuse_trained(gm)
     table = while_training(chosen) if call.trains else chosen
     context = PassContext(target=table, diagnostics=diagnostics)
     elsewhere = (*subjects_of(gm), *subjects_in(captured.islands)) if captured.islands else ()
