@@ -19,6 +19,7 @@ from fxquant.calibration import calibrate
 from fxquant.comparison.compare import compare
 from fxquant.comparison.report import CompareReport, CompareRow, Fault
 from fxquant.diff import DiffReport, Gate, diff
+from fxquant.equalize import equalize
 from fxquant.errors import (
     ArtifactError,
     CalibrationError,
@@ -224,6 +225,7 @@ __all__ = [
     "disable_observer",
     "enable_fake_quant",
     "enable_observer",
+    "equalize",
     "explain",
     "float16_dynamic_qconfig",
     "float16_static_qconfig",

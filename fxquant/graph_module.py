@@ -138,9 +138,9 @@ class GraphState:
             lowered again on another machine.
         limits: of a lowered graph: which kernel reads which integer weight, for a machine whose
             kernels it might overflow.
+        islands: paths of the called modules that could not be traced, with the line that refused.
     """
 
-        islands: paths of the called modules that could not be traced, with the line that refused.
     stage: Stage = Stage.FLOAT
     target: str = ""
     ledger: tuple[OpEntry, ...] = ()
@@ -151,9 +151,9 @@ class GraphState:
     signature: tuple[str, ...] = ()
     reference: tuple[EncodedNode, ...] = ()
     limits: tuple[WeightLimit, ...] = ()
-
-
     islands: tuple[tuple[str, str], ...] = ()
+
+
 _PACKING = threading.RLock()
 _NOT_MADE = object()
 
