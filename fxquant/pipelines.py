@@ -82,9 +82,9 @@ def prepare_pipeline(
     Args:
         mapping: the user's qconfigs.
         known_paths: module paths of the user's model, for rules that match nothing.
-        bias_correction: also watch what correct-bias needs.
         nest: what becomes of modules that cannot be traced.
         elsewhere: ops in other graphs of the model, likewise.
+        bias_correction: also watch what correct-bias needs.
     """
     watch = (InsertChannelMeans(),) if bias_correction else ()
     return Pipeline(
@@ -120,9 +120,9 @@ def qat_prepare_pipeline(
     Args:
         mapping: the user's qconfigs.
         known_paths: module paths of the user's model, for rules that match nothing.
-    """
         nest: what becomes of modules that cannot be traced.
         elsewhere: ops in other graphs of the model, likewise.
+    """
     return Pipeline(
         "qat-prepare",
         (
@@ -154,8 +154,8 @@ def reference_pipeline(
     return Pipeline(
         "reference",
         (
-            FreezeWeights(),  # what trained is float modules again, which all others know
             nested,  # they were prepared on their own
+            FreezeWeights(),  # what trained is float modules again, which all others know
             RemoveIdentities(),  # dropout that was active in training
             CorrectBias(),  # needs the float weights, and takes the channel means out
             ToReference(),  # parameters are computed here, once
