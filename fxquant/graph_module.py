@@ -472,23 +472,6 @@ def set_attribute(root: nn.Module, path: str, value: Any) -> None:
         setattr(holder, last, value)
 
 
-def delete_attribute(root: nn.Module, path: str) -> None:
-    """Remove what is at ``path``, and the modules above it that are left empty."""
-    *parents, last = path.split(".")
-    chain = [root]
-    for atom in parents:
-        chain.append(getattr(chain[-1], atom))
-    delattr(chain[-1], last)
-    for holder, atom in zip(reversed(chain[:-1]), reversed(parents), strict=True):
-        child = getattr(holder, atom)
-        if type(child) is not nn.Module or any((child._parameters, child._buffers, child._modules)):
-            return
-        delattr(holder, atom)
-
-
-def derive(gm: QuantGraphModule) -> QuantGraphModule:
-    """A new module with its own graph, modules and tensors; ``gm`` is not touched."""
-    return copy.deepcopy(gm)
 def parts_below(module: nn.Module) -> Iterator[QuantGraphModule]:
     """The graphs in what a graph calls as it is: the parts of its islands.
 
@@ -520,3 +503,20 @@ def graphs_in(gm: QuantGraphModule) -> Iterator[QuantGraphModule]:
         yield from graphs_in(part)
 
 
+def delete_attribute(root: nn.Module, path: str) -> None:
+    """Remove what is at ``path``, and the modules above it that are left empty."""
+    *parents, last = path.split(".")
+    chain = [root]
+    for atom in parents:
+        chain.append(getattr(chain[-1], atom))
+    delattr(chain[-1], last)
+    for holder, atom in zip(reversed(chain[:-1]), reversed(parents), strict=True):
+        child = getattr(holder, atom)
+        if type(child) is not nn.Module or any((child._parameters, child._buffers, child._modules)):
+            return
+        delattr(holder, atom)
+
+
+def derive(gm: QuantGraphModule) -> QuantGraphModule:
+    """A new module with its own graph, modules and tensors; ``gm`` is not touched."""
+    return copy.deepcopy(gm)
