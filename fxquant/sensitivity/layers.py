@@ -28,7 +28,8 @@ class Layer:
     """What is lowered, or left in floating point, as one.
 
     Attributes:
-        name: path of its module, or for a function the name of its node in the float graph.
+        name: path of its module, or of the module that holds its weight; for a function without
+            one the name of its node in the float graph.
         kind: what it computes: ``conv2d``, ``depthwise conv2d``, ``add``, ...
         pattern: the kinds of the ops in its kernel: ``conv2d-relu6``.
         block: path of the module that it is part of, or its own name where there is none.
@@ -80,13 +81,20 @@ def find_layers(
                 groups[node.name] = _members(graph, node)
     by_name: dict[str, list[list[fx.Node]]] = {}
     for head in sorted(groups, key=order.__getitem__):
-        node = groups[head][0]
-        name = str(node.target) if node.op == "call_module" else node.name
-        by_name.setdefault(name, []).append(groups[head])
+        by_name.setdefault(_name(first, groups[head][0]), []).append(groups[head])
     return tuple(
         _layer(first, name, calls, position, classes)
         for position, (name, calls) in enumerate(by_name.items())
     )
+
+
+def _name(gm: QuantGraphModule, head: fx.Node) -> str:
+    """Path of the module that is called, or that holds the weight; else the node's name."""
+    if head.op == "call_module":
+        return str(head.target)
+    weights = _weights(op_of(gm, head))
+    holder = weights[0].rpartition(".")[0] if weights else ""
+    return holder or head.name
 
 
 def _heads_layer(gm: QuantGraphModule, node: fx.Node) -> bool:

@@ -9,7 +9,7 @@ corrected biases of a precision are computed from these by the very passes of ``
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Final
@@ -31,17 +31,46 @@ from fxquant.passes.insert_observers import InsertObservers
 from fxquant.passes.propagate_qconfigs import DEFAULT, subject
 from fxquant.pipelines import prepare_pipeline, reference_pipeline
 from fxquant.qconfig import QConfig, as_qconfig
-from fxquant.qconfig_mapping import QConfigMapping, get_default_qconfig_mapping, normalize
+from fxquant.qconfig_mapping import (
+    ObjectType,
+    QConfigMapping,
+    get_default_qconfig_mapping,
+    normalize,
+)
 from fxquant.sensitivity.feeding import bind_batches, inputs_of_first
 from fxquant.sensitivity.layers import Layer, find_layers
 from fxquant.sensitivity.statistics import Averaged, Statistics, Watched, watched
 from fxquant.shapes import record_shapes
 from fxquant.targets.registry import target_here
 
+Precision = QConfig | Callable[[QConfig], QConfig] | None
+"""A qconfig, a change of the qconfig that a layer has, or floating point."""
 FP32: Final = "fp32"
 """The precision that is always there: floating point."""
 INT8: Final = "int8"
 """The precision of the mapping that the network was made with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a mapping names an op by: its module, or its type and number among the calls in one.
+
+    Attributes:
+        path: of the module.
+        type: class, function or method name; ``None`` where the path says all.
+        index: number of the call.
+    """
+
+    path: str
+    type: ObjectType | None = None
+    index: int = 0
+
+    def set_on(self, mapping: QConfigMapping, qconfig: QConfig | None) -> None:
+        """Add this rule to ``mapping``."""
+        if self.type is None:
+            mapping.set_module_name(self.path, qconfig)
+        else:
+            mapping.set_module_name_object_type_order(self.path, self.type, self.index, qconfig)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +99,9 @@ class CalibratedNetwork:
         data: batches, fed as :func:`fxquant.calibrate` says; they are kept, for calibration and for
             measuring.
         qconfig_mapping: what precision ``"int8"`` means, see :func:`fxquant.prepare_fx`.
-        precisions: more precisions: name -> the qconfig of the layers that have it (``None`` is
-            floating point). Ops with ranges of their own by default (sigmoid) keep them.
+        precisions: more precisions: name -> the qconfig of the layers that have it, or a function
+            that makes it of the qconfig that they have. Ops with ranges of their own by default
+            (sigmoid) keep them.
         example_inputs: see :func:`fxquant.prepare_fx`; where ``None``, the first batch serves.
         forward: ``forward(model, batch)`` calls ``model`` once with the inputs of a batch.
         num_batches: take at most so many batches.
@@ -81,6 +111,7 @@ class CalibratedNetwork:
 
     Attributes:
         graph: the folded float graph, qconfigs of the mapping recorded.
+        annotated: the same with the specs that lowering everything gives its ops.
         layers: what can be lowered, in graph order.
         batches: the inputs of each batch, bound to the graph's placeholders.
         precisions: every precision by name; ``INT8`` stands for the mapping and has no qconfig of
@@ -97,7 +128,7 @@ class CalibratedNetwork:
         data: Iterable[Any],
         qconfig_mapping: QConfigMapping | Mapping[Any, Any] | None = None,
         *,
-        precisions: Mapping[str, QConfig | None] | None = None,
+        precisions: Mapping[str, Precision] | None = None,
         example_inputs: Any = None,
         forward: Forward | None = None,
         num_batches: int | None = None,
@@ -133,8 +164,10 @@ class CalibratedNetwork:
         if calibration_data is not None:
             watched_batches = bind_batches(self.graph, calibration_data, forward)
         self.statistics = Statistics(self.graph, watched_batches)
+        self.annotated = self._annotated(INT8)
+        others = [name for name in self.precisions if name != FP32]
         self.layers = find_layers(
-            [self._annotated(name) for name in (INT8, *self.precisions) if name != FP32],
+            [self.annotated, *map(self._annotated, others)],
             {name: type(module) for name, module in model.named_modules()},
         )
         self._by_name = {layer.name: layer for layer in self.layers}
@@ -201,24 +234,42 @@ class CalibratedNetwork:
             mapping = QConfigMapping.from_dict(self.mapping_of_int8.to_dict())
             mapping._default_object_types = self.mapping_of_int8.default_object_types
         else:
-            mapping = QConfigMapping().set_global(self.precisions[assignment.rest])
-        nodes = {node.name: node for node in self.graph.graph.nodes}
-        calls: dict[str, int] = {}
-        for node in nodes.values():
-            if node.op == "call_module":
-                calls[str(node.target)] = calls.get(str(node.target), 0) + 1
+            mapping = QConfigMapping().set_global(self._plain(assignment.rest))
         for name, precision in assignment.layers.items():
             if precision == assignment.rest:
                 continue
-            for member in self.layer(name).nodes:
-                node = nodes[member]
-                qconfig = self._qconfig(node, precision)
-                if node.op == "call_module" and calls[str(node.target)] == 1:
-                    mapping.set_module_name(str(node.target), qconfig)
-                else:
-                    scope, kind, index = subject(self.graph, node)["order_index"][0]
-                    mapping.set_module_name_object_type_order(scope, kind, index, qconfig)
+            for rule, qconfig in self.rules(name, precision):
+                rule.set_on(mapping, qconfig)
         return mapping
+
+    def rules(self, layer: str, precision: str) -> list[tuple[Rule, QConfig | None]]:
+        """The rules of a mapping that put a layer into a precision, one for each of its ops."""
+        nodes = {node.name: node for node in self.graph.graph.nodes}
+        targets = [str(n.target) for n in nodes.values() if n.op == "call_module"]
+        found = []
+        for member in self.layer(layer).nodes:
+            node = nodes[member]
+            if node.op == "call_module" and targets.count(str(node.target)) == 1:
+                rule = Rule(str(node.target))
+            else:
+                rule = Rule(*subject(self.graph, node)["order_index"][0])
+            found.append((rule, self._qconfig(node, precision)))
+        return found
+
+    def feeders(self, layer: str) -> tuple[str, ...]:
+        """The layers whose results a layer reads, maybe through ops that only move values."""
+        nodes = {node.name: node for node in self.graph.graph.nodes}
+        owners = {node: other.name for other in self.layers for node in other.nodes}
+        inside = set(self.layer(layer).nodes)
+        pending = [s for n in inside for s in nodes[n].all_input_nodes if s.name not in inside]
+        found: dict[str, None] = {}
+        while pending:
+            node = pending.pop(0)
+            if node.name in owners:
+                found[owners[node.name]] = None
+            elif node.op != "get_attr":
+                pending.extend(node.all_input_nodes)
+        return tuple(found)
 
     def _check(self, assignment: Assignment) -> None:
         for name in assignment.layers:
@@ -228,12 +279,25 @@ class CalibratedNetwork:
                 known = ", ".join(map(repr, (INT8, *self.precisions)))
                 raise ConfigError(f"there is no precision {precision!r}; known are {known}")
 
+    def _plain(self, precision: str) -> QConfig | None:
+        """The qconfig of a precision that is the same for all layers."""
+        found = self.precisions[precision]
+        if found is None or isinstance(found, QConfig):
+            return found
+        raise ConfigError(
+            f"precision {precision!r} is made of what each layer has, so it cannot be that of the"
+            " rest: name the layers that have it"
+        )
+
     def _qconfig(self, node: fx.Node, precision: str) -> QConfig | None:
         """The qconfig of a node in a precision."""
         record = record_of(node)
         if precision == INT8 or (record.rule.endswith(DEFAULT) and precision != FP32):
             return record.qconfig
-        return self.precisions[precision]
+        found = self.precisions[precision]
+        if found is None or isinstance(found, QConfig) or record.qconfig is None:
+            return found if isinstance(found, QConfig) else None
+        return found(record.qconfig)
 
     def _assigned(self, assignment: Assignment) -> QuantGraphModule:
         """A copy of the float graph with the qconfigs of an assignment."""
@@ -252,7 +316,7 @@ class CalibratedNetwork:
                 rule = record.rule if precision == INT8 else f"layer {name!r}"
                 update_record(node, qconfig=self._qconfig(node, precision), rule=rule)
             elif assignment.rest != INT8 and record.rule:
-                update_record(node, qconfig=self.precisions[assignment.rest], rule="global")
+                update_record(node, qconfig=self._plain(assignment.rest), rule="global")
         return gm
 
     def _annotated(self, precision: str) -> QuantGraphModule:
@@ -268,8 +332,15 @@ class CalibratedNetwork:
 
     def _run(self, passes: Sequence[Pass], gm: QuantGraphModule) -> None:
         context = PassContext(target=self.target, diagnostics=Diagnostics(silent=True))
-        for item in passes:
-            run_pass(item, gm, context, check=False)
+        gm.__dict__["recompile"] = (
+            _not_yet  # each pass would write the code anew, which nobody runs
+        )
+        try:
+            for item in passes:
+                run_pass(item, gm, context, check=False)
+        finally:
+            del gm.__dict__["recompile"]
+        gm.recompile()
 
     def _calibrate(self) -> None:
         """Watch everything that lowering all layers, or any one alone, needs."""
@@ -292,13 +363,18 @@ class CalibratedNetwork:
         self.statistics.collect(values, means)
 
 
-def _checked(precisions: Mapping[str, object]) -> dict[str, QConfig | None]:
+def _not_yet() -> None:
+    """Instead of writing a graph's code."""
+
+
+def _checked(precisions: Mapping[str, Precision]) -> dict[str, Precision]:
     """Every precision but the mapping's, by name."""
-    found: dict[str, QConfig | None] = {FP32: None}
+    found: dict[str, Precision] = {FP32: None}
     for name, value in precisions.items():
         if name in (FP32, INT8):
             raise ConfigError(
                 f"precision {name!r} has its meaning already; call yours another name"
             )
-        found[name] = as_qconfig(value, f"precision {name!r}")
+        makes = callable(value) and not isinstance(value, (type, QConfig))
+        found[name] = value if makes else as_qconfig(value, f"precision {name!r}")
     return found

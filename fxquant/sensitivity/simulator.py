@@ -45,6 +45,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxquant.autocast import no_autocast
+from fxquant.capture import own_copy
 from fxquant.errors import ConfigError
 from fxquant.graph_module import QuantGraphModule
 from fxquant.metadata import record_of
@@ -119,6 +120,8 @@ class Simulator:
         self._numbers: dict[Any, int] = {}
         self._anchored: set[int] = set()
         self._digests = _Digests(network.graph)
+        self._floats: QuantGraphModule | None = None
+        self._last_apart: tuple[Any, QuantGraphModule] | None = None
 
     @property
     def counts(self) -> StoreCounts:
@@ -157,7 +160,22 @@ class Simulator:
                 f"parts of a layer are {', '.join(PARTS)}, and everything else is in"
                 f" {FP32!r} then; got parts={list(parts)} and rest={assignment.rest!r}"
             )
-        return self.program_of(assignment, _with_parts(self.network, assignment, parts))
+        gm = own_copy(self._apart(assignment), share=True)
+        assert isinstance(gm, QuantGraphModule)
+        _lower_parts(gm, self.network, assignment, parts, self._float_graph())
+        return self.program_of(assignment, gm)
+
+    def _apart(self, assignment: Assignment) -> QuantGraphModule:
+        """The graph of an assignment with every conversion in its place, nothing absorbed."""
+        if self._last_apart is None or self._last_apart[0] != assignment.key:
+            gm = self.network.reference(assignment, without=(AbsorbClamps, CancelQuantize))
+            self._last_apart = (assignment.key, gm)
+        return self._last_apart[1]
+
+    def _float_graph(self) -> QuantGraphModule:
+        if self._floats is None:
+            self._floats = self.network.reference(Assignment(rest=FP32))
+        return self._floats
 
     def program_of(self, assignment: Assignment, module: QuantGraphModule) -> Program:
         """A program of a reference graph that was made, or changed, elsewhere.
@@ -380,12 +398,14 @@ def _frozen(value: Any, numbers: Mapping[str, int]) -> Any:
 # -- parts of layers ------------------------------------------------------------------------------
 
 
-def _with_parts(
-    network: CalibratedNetwork, assignment: Assignment, parts: Collection[str]
-) -> QuantGraphModule:
-    """The graph in which only parts of the named layers are lowered."""
-    gm = network.reference(assignment, without=(AbsorbClamps, CancelQuantize))
-    floats = network.reference(Assignment(rest=FP32))
+def _lower_parts(
+    gm: QuantGraphModule,
+    network: CalibratedNetwork,
+    assignment: Assignment,
+    parts: Collection[str],
+    floats: QuantGraphModule,
+) -> None:
+    """Leave only parts of the named layers lowered in ``gm``."""
     rewriter = GraphRewriter(gm, "parts")
     if "weight" not in parts:
         _restore_weights(rewriter, floats)
@@ -400,7 +420,6 @@ def _with_parts(
             _round_output(rewriter, network, name, assignment.layers[name])
     gm.graph.eliminate_dead_code()
     rewriter.finish()
-    return gm
 
 
 def _rounded_activation(node: fx.Node) -> fx.Node | None:
