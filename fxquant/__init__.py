@@ -80,6 +80,9 @@ from fxquant.observers import (
 )
 from fxquant.op_rows import OpRow, Runs
 from fxquant.parity import ParityReport, parity
+from fxquant.planner.budget import Budget
+from fxquant.planner.plan import Plan
+from fxquant.planner.planner import plan_mixed_precision
 from fxquant.qat_modules import (
     freeze_bn_stats,
     update_bn_stats,
@@ -128,12 +131,14 @@ from fxquant.range_rules import (
     TorchHistogramRule,
 )
 from fxquant.run_record import OpRecord, RunRecord, record_run
+from fxquant.sensitivity import SensitivityReport, analyze_sensitivity
 from fxquant.specs import QParams, QuantSpec
 from fxquant.target_info import TargetInfo, target_info
 
 __all__ = [
     "ArtifactError",
     "AuditReport",
+    "Budget",
     "CalibrationError",
     "CalibrationWarning",
     "CaptureError",
@@ -181,6 +186,7 @@ __all__ = [
     "PerChannelMinMaxObserver",
     "PercentileRule",
     "PlaceholderObserver",
+    "Plan",
     "QConfig",
     "QConfigMapping",
     "QParams",
@@ -190,6 +196,7 @@ __all__ = [
     "ReuseInputObserver",
     "RunRecord",
     "Runs",
+    "SensitivityReport",
     "ShapeGuardError",
     "SpecError",
     "StrictModeError",
@@ -199,6 +206,7 @@ __all__ = [
     "UnknownKeyError",
     "UnmatchedRuleError",
     "__version__",
+    "analyze_sensitivity",
     "assert_int8",
     "audit",
     "bfloat16_static_qconfig",
@@ -241,6 +249,7 @@ __all__ = [
     "load",
     "parity",
     "per_channel_dynamic_qconfig",
+    "plan_mixed_precision",
     "prepare_fx",
     "prepare_qat_fx",
     "quantize",

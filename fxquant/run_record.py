@@ -178,7 +178,7 @@ def record_run(
         if value is not None and not _is_number(value):
             raise ConfigError(f"{name} is a finite number or None, got {value!r}")
     report = audit(gm, example_inputs)
-    constants = _constants(gm)
+    constants = constants_of(gm)
     return RunRecord(
         ops=tuple(_op(row, constants.get(row.name, {})) for row in report.rows),
         coverage=_known(report.mac_coverage),
@@ -221,7 +221,7 @@ def _digest(value: Tensor) -> str:
     return hashlib.sha256(header + data).hexdigest()[:16]
 
 
-def _constants(gm: QuantGraphModule) -> dict[str, dict[str, Tensor]]:
+def constants_of(gm: QuantGraphModule) -> dict[str, dict[str, Tensor]]:
     """Op -> its constants; a constant belongs to the first op that reads it."""
     lowered = gm.state.stage is Stage.LOWERED
     graph = decode_graph(list(gm.state.reference)) if lowered else gm.graph

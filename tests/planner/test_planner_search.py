@@ -75,7 +75,7 @@ def cheapest(problem: Problem, prices: Prices) -> float:
     return min(prices.of(problem.costs(a)) for a in problem.assignments())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(problems(units=12).filter(lambda p: p.combinations <= 4096), PRICES)
 def test_min_cut_is_what_trying_all_finds(problem: Problem, prices: Prices) -> None:
     found = min_cut(problem, prices)
@@ -130,7 +130,7 @@ def test_a_shared_quantize_costs_once() -> None:
     assert min_cut(dear, Prices()).assignment == (0, 0, 0, 0)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     problems(units=7, representations=(FLOAT, INT8, HALF)).filter(lambda p: p.combinations <= 4096),
     PRICES,
@@ -156,7 +156,7 @@ def test_frontier_search_where_a_reader_comes_first() -> None:
         assert solve(problem, Prices()).assignment == (1, 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(problems(units=6).filter(lambda p: p.combinations <= 1024), st.floats(0.1, 0.9))
 def test_under_a_budget_the_gap_is_known(problem: Problem, share: float) -> None:
     """The hull, polished, against trying all; the Lagrangian bound is below both."""
