@@ -37,6 +37,7 @@ from fxquant.passes.round_biases import RoundBiases
 from fxquant.passes.round_joined import RoundJoined
 from fxquant.passes.share_parameters import ShareParameters
 from fxquant.passes.take_pieces import TakePieces
+from fxquant.passes.tell_unhonoured import TellUnhonoured
 from fxquant.passes.to_reference import ToReference, names_of_torch
 from fxquant.passes.train_weights import TrainWeights
 from fxquant.patterns.library import FUSION_PATTERNS, QAT_FUSION_PATTERNS, with_any_operand
@@ -216,6 +217,7 @@ def compat_prepare_pipeline(
                 governing=TorchFusionRule(mapping),
             ),
             Annotate(),  # specs from qconfig and op table
+            TellUnhonoured(),  # while the ops of a pattern still follow each other
             InsertSharedObservers(),  # one at every quantized value; sharing is by module
         ),
         # Identities and dropouts stay: they are observed like other ops.
@@ -250,6 +252,7 @@ def compat_qat_prepare_pipeline(
                 TORCH_FUSION_PATTERNS, agreement=(), governing=TorchFusionRule(mapping)
             ),
             Annotate(),  # specs from qconfig and op table
+            TellUnhonoured(),  # while the ops of a pattern still follow each other
             InsertSharedObservers(),  # one at every quantized value; sharing is by module
             TrainWeights(),  # of what is annotated, the weights
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import warnings
 from collections.abc import Callable
@@ -221,10 +222,6 @@ UNHONOURED: list[tuple[BackendPatternConfig, str]] = [
     ),
     (_pattern((nn.Conv2d, nn.Softmax)), "Conv2d -> Softmax: wanted one op; possible: each op on"),
     (
-        _pattern((nn.Conv2d, nn.ReLU)).set_fuser_method(fuse),
-        r"wanted fused by fuse\(\); possible: the target's own fusion",
-    ),
-    (
         _pattern(nn.Conv2d).set_observation_type(SHARED),
         "wanted OUTPUT_SHARE_OBSERVER_WITH_INPUT; possible: an output scale of its own",
     ),
@@ -249,6 +246,7 @@ def test_what_the_target_has_is_not_listed() -> None:
     assert _told(fused, _pattern(Fused), _pattern(nn.ReLU)) == []
     not_observed = _pattern("size").set_observation_type(ObservationType.INPUT_OUTPUT_NOT_OBSERVED)
     assert _told(not_observed) == []
+    assert _told(_pattern((nn.Conv2d, nn.ReLU)).set_fuser_method(fuse)) == []  # it is called
 
 
 def test_only_what_the_model_has_is_told_with_its_node(prepare: Any) -> None:
@@ -282,6 +280,24 @@ def test_a_chain_is_told_only_where_it_is() -> None:
     ):
         gm = prepare_fx(model.eval(), QCONFIG, (torch.randn(1, 3, 8, 8),))
         assert len(list(unhonoured_in(gm, target.allow))) == count
+
+
+def test_a_qconfig_that_asks_for_something_else_is_told_nothing(prepare: Any) -> None:
+    """Of an op that stays in floating point, and of values that are no tensors."""
+    target = _target(_pattern(torch.flatten, ACTIVATION), _pattern("mean", ACTIVATION))
+    assert target.allow is not None
+    gm = prepare(target, qconfig=default_dynamic_qconfig)
+    assert list(unhonoured_in(gm, target.allow)) == []
+    target = _target(_pattern(operator.floordiv, ACTIVATION))
+    assert target.allow is not None
+
+    class Halves(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(x.size(0) // 2, -1) // 2
+
+    for inputs in ((torch.randn(4, 3),), None):
+        found = prepare_fx(Halves(), QCONFIG, inputs)
+        assert [n.name for n, _ in unhonoured_in(found, target.allow)] == ["floordiv_1"]
 
 
 # -- torch.ao's backends --------------------------------------------------------------------------

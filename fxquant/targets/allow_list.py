@@ -18,11 +18,13 @@ from torch import fx, nn
 from fxquant.backend_config import BackendConfig, BackendPatternConfig, ObservationType
 from fxquant.backend_fit import Misfit, fitting, misfit
 from fxquant.backend_patterns import op_name
+from fxquant.dataflow import is_presumably_float
 from fxquant.dtype_config import DTypeConfig
 from fxquant.errors import ConfigWarning, Diagnostics
 from fxquant.metadata import record_of
 from fxquant.op_catalog import KIND_BY_FUNCTION, KIND_BY_METHOD, KIND_BY_MODULE
 from fxquant.op_view import Op, type_of
+from fxquant.qat_modules import FLOAT_BY_QAT
 from fxquant.qconfig import QConfig
 from fxquant.specs import storage_dtype
 from fxquant.targets.table import Role, Row, Target
@@ -63,14 +65,14 @@ class Unhonoured:
         types: the ops of the pattern in forward order.
         wanted: what the config says.
         possible: what the target does instead.
-        dtype_config: where it is about dtypes: which; of interest to a qconfig that fits them.
+        dtype_configs: of interest to a qconfig that fits one of them; to every one if empty.
         stays_float: where it is about the op as a whole: it is not quantized.
     """
 
     types: tuple[OpType, ...]
     wanted: str
     possible: str
-    dtype_config: DTypeConfig | None = None
+    dtype_configs: tuple[DTypeConfig, ...] = ()
     stays_float: bool = False
 
     def __str__(self) -> str:
@@ -164,8 +166,12 @@ def unhonoured_in(gm: fx.GraphModule, allow: AllowList) -> Iterator[tuple[fx.Nod
     for node in gm.graph.nodes:
         if node.op not in ("call_module", "call_function", "call_method"):
             continue
-        for entry in by_first.get(type_of(gm, node), ()):
-            if _concerns(node, entry) and _continues(gm, node, entry.types[1:]):
+        for entry in by_first.get(_float_type(gm, node), ()):
+            if (
+                _concerns(node, entry)
+                and _continues(gm, node, entry.types[1:])
+                and (is_presumably_float(gm, node) or not entry.stays_float)
+            ):
                 yield node, entry
 
 
@@ -191,14 +197,24 @@ def _concerns(node: fx.Node, entry: Unhonoured) -> bool:
     record = record_of(node)
     if record.qconfig is None or (entry.stays_float and record.annotation is not None):
         return False
-    if entry.dtype_config is None:
+    if not entry.dtype_configs:
         return True
-    return misfit(record.qconfig, entry.dtype_config, weighted=False) is None
+    fits = (misfit(record.qconfig, asked, weighted=False) for asked in entry.dtype_configs)
+    return any(found is None for found in fits)
+
+
+def _float_type(gm: fx.GraphModule, node: fx.Node) -> OpType:
+    """The type of an op, as the config has it where the op trains."""
+    found: Any = type_of(gm, node)
+    return FLOAT_BY_QAT.get(found, found)
 
 
 def _continues(gm: fx.GraphModule, node: fx.Node, types: tuple[OpType, ...]) -> bool:
-    """Whether ``node`` alone feeds a chain of ops of the given types."""
+    """Whether ``node`` alone feeds a chain of ops of the given types, some folded into it."""
+    folded = len(record_of(node).origins) > 1
     for wanted in types:
+        if folded and _kind(wanted) == "batch_norm":
+            continue
         users = list(node.users)
         if len(users) != 1 or users[0].op == "output" or type_of(gm, users[0]) != wanted:
             return False
@@ -372,11 +388,12 @@ def _unhonoured(
     pattern = patterns.get(types)
     if pattern is None:
         unknown = next(op for op in types if _kind(op) is None)
-        yield _float(types, f"{op_name(unknown)} has no int8 kernel")
+        why = f"{op_name(unknown)} has no int8 kernel"
+        yield _float(types, why, config)
         return
     row = target.row(pattern.kinds[0])
     if row is None or row.role is Role.FLOAT:
-        yield _float(types, "no int8 kernel" if row is None else row.reason)
+        yield _float(types, "no int8 kernel" if row is None else row.reason, config)
         return
     later = [kind for kind in pattern.kinds[1:] if kind not in row.epilogues]
     if [kind for kind in later if kind != "batch_norm"]:
@@ -386,15 +403,16 @@ def _unhonoured(
         reason = _unserved(dtype_config, row)
         if reason is not None:
             entry = _entry(types, repr(dtype_config), reason)
-            yield replace(entry, dtype_config=dtype_config, stays_float=True)
+            yield replace(entry, dtype_configs=(dtype_config,), stays_float=True)
 
 
 def _entry(types: tuple[OpType, ...], wanted: str, possible: str) -> Unhonoured:
     return Unhonoured(types=types, wanted=wanted, possible=possible)
 
 
-def _float(types: tuple[OpType, ...], why: str) -> Unhonoured:
-    return replace(_entry(types, "it quantized", f"FP32 ({why})"), stays_float=True)
+def _float(types: tuple[OpType, ...], why: str, config: BackendPatternConfig) -> Unhonoured:
+    entry = _entry(types, "it quantized", f"FP32 ({why})")
+    return replace(entry, dtype_configs=tuple(config.dtype_configs), stays_float=True)
 
 
 def _is_users(fuser_method: object) -> bool:
