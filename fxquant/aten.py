@@ -7,9 +7,11 @@ they are and run in floating point. Nodes keep their names, and the modules that
 
 from __future__ import annotations
 
+import ast
+import functools
 import operator
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -22,6 +24,7 @@ from fxquant.errors import CaptureError
 from fxquant.shape_guards import shape_guard
 
 _GUARDS: Final = "_guards_fn"
+_GUARD_TEXT: Final = "Guard failed: "
 _Arguments = Mapping[str, Any]
 
 
@@ -69,21 +72,30 @@ def import_aten(gm: nn.Module) -> fx.GraphModule:
     plain = fx.GraphModule(gm, _plain_signature(gm), type(gm).__name__)
     plain.training = gm.training
     _inline_guards(plain)
-    writes = any(str(n.target).endswith("_") for n in plain.graph.nodes if _schema_writes(n))
+    writes = any(_mutates(node) for node in plain.graph.nodes)
+    droppable = [node for node in plain.graph.nodes if _only_computes(node)]
     for node in list(plain.graph.nodes):
         _translate(plain, node, writes=writes)
     _name_modules(plain)
-    for node in reversed(list(plain.graph.nodes)):
-        if not node.users and (node.op == "get_attr" or node.target in _PURE):
+    for node in reversed(droppable):
+        if node.graph is plain.graph and not node.users and not node._erased:
             plain.graph.erase_node(node)
     plain.graph.lint()
     plain.recompile()
     return plain
 
 
-def _schema_writes(node: fx.Node) -> bool:
+def _mutates(node: fx.Node) -> bool:
     target: Any = node.target
     return bool(_overload(node)) and bool(target._schema.is_mutable)
+
+
+def _only_computes(node: fx.Node) -> bool:
+    """Whether ``node`` may be dropped where nobody reads it."""
+    name = _overload(node)
+    if name:
+        return not _mutates(node) and not name.startswith("_assert")
+    return node.op == "get_attr" or node.target is operator.getitem
 
 
 # -- inputs and outputs ---------------------------------------------------------------------------
@@ -155,18 +167,79 @@ def _inline_guards(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if node.op != "call_module" or node.target != _GUARDS:
             continue
-        guards = gm.get_submodule(_GUARDS)
+        forward = _inner(gm.get_submodule(_GUARDS).forward)
+        texts = [c for c in forward.__code__.co_consts if str(c).startswith(_GUARD_TEXT)]
+        tracer = fx.proxy.GraphAppendingTracer(gm.graph)
+        inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        names: dict[str, Any] = {str(n.target): fx.Proxy(n, tracer) for n in inputs}
+        names |= {f.__name__: _recorded(f, tracer) for f in (max, min)}
         with gm.graph.inserting_before(node):
-            tracer = fx.proxy.GraphAppendingTracer(gm.graph)
-            proxies = [fx.Proxy(argument, tracer) for argument in node.all_input_nodes]
-            guards.forward(*proxies)
+            for text in texts:
+                _guard(tracer, text.removeprefix(_GUARD_TEXT), forward.__globals__ | names)
         gm.graph.erase_node(node)
         delattr(gm, _GUARDS)
-    for node in gm.graph.nodes:
-        if node.target is torch._assert:
-            condition, text = node.args
-            node.target = shape_guard
-            node.args = (condition, True, f"torch.export's {text}")
+
+
+def _inner(function: Any) -> Any:
+    """The function with the guards, which torch wraps.
+
+    Raises:
+        CaptureError: it is not found.
+    """
+    pending = [function]
+    while pending:
+        found = pending.pop()
+        if getattr(found, "__name__", "") == "_":  # torch's name for it
+            return found
+        cells = getattr(found, "__closure__", None) or ()
+        pending += [c.cell_contents for c in cells if callable(c.cell_contents)]
+    raise CaptureError(
+        "torch.export's guards of sizes are not where this torch should have them; pass"
+        " program.module(check_guards=False) to go without guards, at your own risk"
+    )
+
+
+def _recorded(function: Callable[..., Any], tracer: fx.proxy.TracerBase) -> Callable[..., Any]:
+    return lambda *args: tracer.create_proxy("call_function", function, args, {})
+
+
+def _guard(tracer: fx.proxy.TracerBase, text: str, names: dict[str, Any]) -> None:
+    """Record one condition, such as ``x.size()[0] > 2 and x.size()[1] == 3``."""
+    tree = ast.fix_missing_locations(_WithoutBranches().visit(ast.parse(text, mode="eval")))
+    try:
+        condition = eval(compile(tree, "<guard>", "eval"), names)  # what torch made to be run
+    except Exception as error:
+        raise CaptureError(
+            f"torch.export's guard {text!r} cannot be kept ({error}); pass"
+            " program.module(check_guards=False) to go without guards, at your own risk"
+        ) from error
+    if isinstance(condition, fx.Proxy):
+        args = (condition, True, f"torch.export's guard {text!r}")
+        tracer.create_proxy("call_function", shape_guard, args, {})
+
+
+class _WithoutBranches(ast.NodeTransformer):
+    """``a and b`` becomes ``a & b``, and so on: the former ask a value whether it is true."""
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:  # ast's name
+        self.generic_visit(node)
+        return _joined(node.values, ast.BitAnd() if isinstance(node.op, ast.And) else ast.BitOr())
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:  # ast's name
+        self.generic_visit(node)
+        lefts = [node.left, *node.comparators[:-1]]
+        pairs = zip(lefts, node.ops, node.comparators, strict=True)
+        return _joined([ast.Compare(a, [op], [b]) for a, op, b in pairs], ast.BitAnd())
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.AST:  # ast's name
+        self.generic_visit(node)
+        if not isinstance(node.op, ast.Not):
+            return node
+        return ast.Compare(node.operand, [ast.Eq()], [ast.Constant(False)])
+
+
+def _joined(values: Sequence[ast.expr], operation: ast.operator) -> ast.expr:
+    return functools.reduce(lambda a, b: ast.BinOp(a, operation, b), values)
 
 
 # -- names of modules -----------------------------------------------------------------------------
@@ -229,7 +302,8 @@ def _bound(node: fx.Node) -> dict[str, Any]:
 def _take_first(gm: fx.GraphModule, node: fx.Node, name: str) -> None:
     """Let who reads the first of several results read a function that gives it alone."""
     items = [user for user in node.users if user.target is operator.getitem]
-    if len(items) != len(node.users) or any(item.args[1] != 0 for item in items if item.users):
+    read = [item for item in items if item.users]
+    if len(items) != len(node.users) or any(item.args[1] != 0 for item in read):
         return
     made = _FIRST_RESULT[name](_bound(node))
     if made is None:
@@ -502,11 +576,9 @@ _OTHERWISE: Final[dict[str, Callable[[_Arguments], _Call | None]]] = {
 
 _FIRST_RESULT: Final[dict[str, Callable[[_Arguments], _Call | None]]] = {
     "_native_batch_norm_legit_no_training.default": _batch_norm,
+    "native_batch_norm.default": lambda a: None if a["training"] else _batch_norm(a),
     "native_layer_norm.default": _layer_norm,
     "max_pool2d_with_indices.default": _pooled(F.max_pool2d),
     "max_pool3d_with_indices.default": _pooled(F.max_pool3d),
 }
 """Overloads with several results, of which the first is what a function of torch gives."""
-
-_PURE: Final = frozenset({"t", "size", torch.permute, torch.transpose})
-"""What may be dropped where nobody reads it any more."""

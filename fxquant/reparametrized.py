@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
@@ -15,8 +17,9 @@ from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
 def settle(model: nn.Module) -> None:
     """Replace, in place, every computed weight of ``model`` by its value in evaluation."""
-    for module in model.modules():
-        if isinstance(module, torch.jit.ScriptModule):
+    for module in list(model.modules()):
+        computed = parametrize.is_parametrized(module) or module._forward_pre_hooks
+        if isinstance(module, torch.jit.ScriptModule) or not computed:
             continue
         training = {child: child.training for child in module.modules()}
         module.eval()  # in training mode, spectral_norm would change with every look
@@ -28,11 +31,20 @@ def settle(model: nn.Module) -> None:
 
 
 def _settle_parametrizations(module: nn.Module) -> None:
+    """Without torch's function for it, which edits the class, and copies share their class."""
     if not parametrize.is_parametrized(module):
         return
-    parametrizations: nn.ModuleDict = module.parametrizations  # type: ignore[assignment]  # torch says Tensor | Module
-    for name in list(parametrizations):
-        parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    parametrizations: Any = module.parametrizations
+    values = {name: getattr(module, name).detach().clone() for name in parametrizations}
+    trained = {name: any(True for _ in p.parameters()) for name, p in parametrizations.items()}
+    plain = parametrize.type_before_parametrizations(module)
+    del module.parametrizations
+    module.__class__ = plain
+    for name, value in values.items():
+        if trained[name]:
+            module.register_parameter(name, nn.Parameter(value))
+        else:
+            module.register_buffer(name, value)
 
 
 def _settle_hooks(module: nn.Module) -> None:

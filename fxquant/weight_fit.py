@@ -127,7 +127,7 @@ Selector = Callable[..., KernelChoice]
 class WeightFitter:
     """Parameters of every weight of a prepared graph, fitted to the kernels that will read it.
 
-    A weight that several calls read is fitted to all of them.
+    A weight that several calls read, or tied layers, is fitted to all of them.
 
     Attributes:
         gm: the prepared graph.
@@ -138,7 +138,7 @@ class WeightFitter:
     gm: QuantGraphModule
     select: Selector | None
     reductions: dict[str, Reduction] = field(default_factory=dict)
-    _choices: dict[str, list[KernelChoice]] = field(init=False)
+    _choices: dict[int, list[KernelChoice]] = field(init=False)
 
     def __post_init__(self) -> None:
         self._choices = {}
@@ -149,7 +149,7 @@ class WeightFitter:
                 continue  # its observer, in the graph, decides; fit-weights looks again
             choice = chosen(self.gm, node, op, self.select)
             if choice.pairing not in (Pairing.NONE, Pairing.WRONG):
-                self._choices.setdefault(path, []).append(choice)
+                self._choices.setdefault(id(attribute(self.gm, path)), []).append(choice)
 
     def qparams(
         self, node: fx.Node, path: str, weight: Tensor, spec: QuantSpec, qconfig: QConfig
@@ -167,7 +167,7 @@ class WeightFitter:
             NonFiniteStatisticError: the weight holds NaN or Inf.
         """
         usual = weight_qparams(weight, spec, qconfig, node.name)
-        choices = self._choices.get(path, [])
+        choices = self._choices.get(id(attribute(self.gm, path)), [])
         if not choices:
             return usual
         fitted, reduction = fit(weight.to(torch.float32), usual, choices)

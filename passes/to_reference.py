@@ -344,6 +344,7 @@ class _Weights:
         self.rewriter = rewriter
         self.fitter = fitter
         self.made: dict[tuple[str, QuantSpec], tuple[str, str, str]] = {}
+        self.tensors: dict[int, tuple[str, Tensor]] = {}
 
     def run(self) -> None:
         """Convert all ops of the graph that carry a weight spec."""
@@ -447,7 +448,9 @@ class _Weights:
     def _integers(
         self, node: fx.Node, path: str, spec: QuantSpec, name: str
     ) -> tuple[str, str, str]:
-        key = (path, spec)
+        weight = attribute(self.rewriter.gm, path)
+        first, _ = self.tensors.setdefault(id(weight), (path, weight))  # tied: one for both
+        key = (first, spec)
         if key not in self.made:
             qconfig = record_of(node).qconfig
             assert qconfig is not None
@@ -462,5 +465,6 @@ class _Weights:
                 store(f"{node.name}_{name}_zero_point", qparams.zero_point.clone()),
             )
         else:
-            add_reason(node, "shares its quantized weight with another call")
+            other = "another call" if first == path else repr(first)
+            add_reason(node, f"shares its quantized weight with {other}")
         return self.made[key]
