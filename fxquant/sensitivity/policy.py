@@ -219,7 +219,7 @@ def _fragile(
     damages = {r.name: evidence.damage(r, metric) for r in results}
     known = {name: value for name, value in damages.items() if not math.isnan(value)}
     if policy.threshold is not None:
-        limit = _limit(metric, policy.threshold)
+        limit = _limit(evidence, metric, policy.threshold)
         fragile = {r.name: damages[r.name] > limit for r in results}
         return fragile, fragile
     if policy.top_k is not None:
@@ -233,10 +233,12 @@ def _fragile(
     )
 
 
-def _limit(metric: str, threshold: float) -> float:
+def _limit(evidence: Evidence, metric: str, threshold: float) -> float:
     """A threshold of a metric as a damage."""
+    if metric in evidence.float_user:
+        return evidence.float_user[metric] - threshold
     if metric not in METRICS:
-        return -threshold
+        return threshold  # of an estimate, which is a damage itself
     values = {"sqnr": threshold, "mse": 0.0, "cosine": 1.0, metric: threshold}
     return Metrics(**values).damage(metric)
 
@@ -289,6 +291,6 @@ def _best_cure(evidence: Evidence, policy: Policy, result: LayerResult, metric: 
     if left > _CURED * before:
         return ""
     if policy.threshold is not None and not evidence.all_but_one:
-        is_good = evidence._of(tried[best], metric) <= _limit(metric, policy.threshold)
+        is_good = evidence._of(tried[best], metric) <= _limit(evidence, metric, policy.threshold)
         return best if is_good else ""
     return best if metric != "sqnr" or left < _NOISE else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -29,7 +30,7 @@ def fingerprint(network: CalibratedNetwork, options: Mapping[str, Any]) -> str:
     """
     digest = hashlib.sha256()
     for node in network.graph.graph.nodes:
-        digest.update(f"{node.op} {node.name} {node.target} {node.args} {node.kwargs}".encode())
+        digest.update(_lasting((node.op, node.name, node.target, node.args, node.kwargs)))
         if node.op == "get_attr":
             _add(digest, attribute(network.graph, str(node.target)))
         elif node.op == "call_module":
@@ -40,8 +41,13 @@ def fingerprint(network: CalibratedNetwork, options: Mapping[str, Any]) -> str:
         for value in tensors_in(list(batch.arguments.values())):
             _add(digest, value)
     for name, value in sorted(options.items()):
-        digest.update(f"{name}={value!r}".encode())
+        digest.update(_lasting((name, value)))
     return digest.hexdigest()[:32]
+
+
+def _lasting(value: Any) -> bytes:
+    """What ``repr`` shows, but for addresses, which are others in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value)).encode()
 
 
 def _add(digest: Any, value: Any) -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -247,7 +248,8 @@ class SensitivityReport:
         table, left_out = as_text(columns, rows, width)
         lines = [self.summary, "", table]
         if left_out:
-            lines += ["", f"Left out at this width (see .to_markdown()): {', '.join(left_out)}"]
+            line = f"Left out at this width (see .to_markdown()): {', '.join(left_out)}"
+            lines += ["", textwrap.fill(line, width or len(line))]
         for title, others, cells in self._more_tables():
             lines += ["", title, "", as_text(others, cells, width)[0]]
         return "\n".join(lines)

@@ -73,3 +73,20 @@ def batches(kind: type[nn.Module], count: int = 3) -> list[Tensor]:
     generator = torch.Generator().manual_seed(2)
     shape = (4, 6) if kind is Gates else (4, 3, 16, 16)
     return [torch.randn(shape, generator=generator) for _ in range(count)]
+
+
+def planted() -> nn.Module:
+    """A network whose depthwise layer has one output channel with weights 300 times the others'.
+
+    The ReLU6 behind it keeps the activation's range.
+    """
+    model = made(SmallResNet)
+    assert isinstance(model, SmallResNet)
+    depthwise, pointwise = model.tail[0], model.tail[2]
+    assert isinstance(depthwise, nn.Conv2d)
+    assert isinstance(pointwise, nn.Conv2d)
+    with torch.no_grad():
+        depthwise.weight[3] *= 300
+        pointwise.weight *= 30  # so that what happens before is seen at the output
+        model.fc.bias.zero_()
+    return model
