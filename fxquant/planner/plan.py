@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from fxquant._version import __version__
-from fxquant.errors import MissingDependencyError
+from fxquant.errors import ConfigError, MissingDependencyError
 from fxquant.graph_module import QuantGraphModule
 from fxquant.planner.budget import Budget
 from fxquant.planner.build import lowered
@@ -97,6 +97,7 @@ class Plan:
         layers: every layer, in graph order.
         models: ``fp32``, ``int8`` (all layers), ``greedy`` and ``plan``: what was measured.
         predicted: the same -> costs from those of layers and conversions.
+        choices: the same -> layer -> candidate.
         front: plans between the extremes, fastest first.
         gap: how much more the search's plan costs than the best one of all plans, as a share, by
             predicted costs; ``None`` where there are too many plans to try.
@@ -112,6 +113,7 @@ class Plan:
     layers: tuple[PlannedLayer, ...]
     models: Mapping[str, Figures]
     predicted: Mapping[str, Costs]
+    choices: Mapping[str, Mapping[str, str]]
     front: tuple[FrontPoint, ...]
     gap: float | None
     bound: float
@@ -128,9 +130,19 @@ class Plan:
         """The mapping to give :func:`fxquant.prepare_fx`."""
         return self.network.mapping(Assignment(self.precisions))
 
-    def convert(self) -> QuantGraphModule:
-        """The int8 model of the plan, with the calibration that the plan was made with."""
-        return lowered(self.network, Assignment(self.precisions))
+    def convert(self, model: str = "plan") -> QuantGraphModule:
+        """The int8 model of the plan, with the calibration that the plan was made with.
+
+        Args:
+            model: one of :attr:`models`: ``"greedy"`` is what stands beside the plan.
+
+        Raises:
+            ConfigError: there is no such model.
+        """
+        if model not in self.choices:
+            known = ", ".join(map(repr, self.choices))
+            raise ConfigError(f"a plan has no model {model!r}; it has {known}")
+        return lowered(self.network, Assignment(self.choices[model]))
 
     @property
     def summary(self) -> str:
@@ -193,6 +205,7 @@ class Plan:
                     "bound": self.bound,
                     "repairs": list(self.repairs),
                     "layers": [asdict(layer) for layer in self.layers],
+                    "choices": {name: dict(found) for name, found in self.choices.items()},
                     "models": {name: asdict(found) for name, found in self.models.items()},
                     "predicted": {name: asdict(c) for name, c in self.predicted.items()},
                     "front": [asdict(point) for point in self.front],

@@ -249,6 +249,7 @@ def _plan(search: _Search, selection: Selection, name: str, repairs: int) -> Pla
         layers=_layers(priced, final),
         models=figures,
         predicted={model: priced.costs(a) for model, a in found.items()},
+        choices={model: priced.assignment(a).layers for model, a in found.items()},
         front=_front(search, selection, [final]),
         gap=gap_to_exhaustive(problem, chosen, limits, budget.objective),
         bound=_bound(search, limits, budget.objective),

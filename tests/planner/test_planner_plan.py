@@ -211,6 +211,17 @@ def test_own_candidates_and_metrics(model: nn.Module, data: list[Tensor]) -> Non
         plan_of(model, data, metric=lambda *_: float("nan"))
 
 
+def test_the_models_beside_the_plan(case: Case) -> None:
+    plan, x = case.plan, case.data[0]
+    assert plan.choices["plan"] == plan.precisions
+    assert set(plan.choices["int8"].values()) == {"int8"}
+    with torch.no_grad():
+        assert torch.allclose(plan.convert("fp32")(x), case.model(x), atol=1e-5)
+        assert not torch.allclose(plan.convert("int8")(x), case.model(x), atol=1e-5)
+    with pytest.raises(ConfigError, match="no model 'other'"):
+        plan.convert("other")
+
+
 def test_agreement_counts_classes(model: nn.Module, data: list[Tensor]) -> None:
     plan = plan_of(model, data, metric="agreement", budget={"accuracy_drop": 100})
     int8 = plan.convert()
