@@ -75,12 +75,14 @@ class PackRecord:
         packer: key in the packer table of the target.
         tensors: names of the buffers that are packed, in the packer's order ("" for none).
         options: further arguments of the packer.
+        saved: state dicts hold the packed object, and not the tensors that it alone is made from.
     """
 
     name: str
     packer: str
     tensors: tuple[str, ...]
     options: tuple[Any, ...] = ()
+    saved: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,6 +235,36 @@ class QuantGraphModule(fx.GraphModule):
         with no_autocast():
             return super().__call__(*widened(args), **widened(kwargs))
 
+    # -- states -------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module; packed weights that are :attr:`PackRecord.saved` are in it."""
+        result = super().state_dict(*args, **kwargs)
+        prefix = args[1] if len(args) > 1 else kwargs.get("prefix", "")
+        for name in self._packed_only():
+            result.pop(f"{prefix}{name}", None)
+        for record in self._state.packs:
+            if record.saved:
+                result[f"{prefix}{record.name}"] = getattr(self, record.name)
+        return result
+
+    def _packed_only(self) -> set[str]:
+        """The tensors that nothing but packed weights in state dicts is made from."""
+        saved = {name for pack in self._state.packs if pack.saved for name in pack.tensors}
+        if not saved:
+            return saved
+        apart = {name for pack in self._state.packs if not pack.saved for name in pack.tensors}
+        return saved - apart - {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
+
+    def _load_packed(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Put the tensors of packed weights in the place of these, in the caller's copy."""
+        from fxquant.packing import unpack
+
+        for record in self._state.packs:
+            packed = state_dict.pop(f"{prefix}{record.name}", None) if record.saved else None
+            if packed is not None:
+                state_dict |= {f"{prefix}{n}": t for n, t in unpack(record, packed).items()}
+
     # -- packed constants ---------------------------------------------------------------------
 
     def _offer_packed(self) -> None:
@@ -277,6 +309,7 @@ class QuantGraphModule(fx.GraphModule):
             rebind_constants(self)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._load_packed(args[0], args[1])
         super()._load_from_state_dict(*args, **kwargs)
         errors = args[-1]  # what load_state_dict raises as one RuntimeError
         errors.extend(self._clamps_lost())

@@ -225,6 +225,8 @@ class Lowering:
             fusion=record.fusion,
             share_group=record.share_group,
             reasons=reasons,
+            scope=record.scope,
+            module=record.module,
         )
         return node
 

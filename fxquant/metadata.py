@@ -96,13 +96,15 @@ class NodeRecord:
         origins: names of the float ops that this node carries out.
         kernel: the kernel of the target, once lowered.
         made_by: the pass that made the node.
-        bound: argument position -> name of the buffer whose value is inlined there.
+        bound: argument position -> name of the buffer whose value is inlined, or read, there.
         takes_quantized: positions of arguments (of results, for the output) that are torch's
             quantized tensors once the graph is converted; see
             :func:`fxquant.rewriter.leaves_of`.
         gives_quantized: the value is such a tensor once the graph is converted.
         runs_in: float16 or bfloat16 where the op runs in it.
         stands_for: in a lowered graph: the node of the reference graph whose value this is.
+        module: path of the module that was called here before its function was.
+        is_number: the tensor is read as a number: a scale or a zero point.
     """
 
     value: ValueRecord = None
@@ -124,6 +126,8 @@ class NodeRecord:
     runs_in: torch.dtype | None = None
     takes_quantized: tuple[int, ...] = ()
     gives_quantized: bool = False
+    module: str = ""
+    is_number: bool = False
 
     def __post_init__(self) -> None:
         for name, kind in (("reasons", str), ("origins", str)):

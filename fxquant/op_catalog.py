@@ -16,6 +16,7 @@ from torch import nn
 
 from fxquant import kernels, recurrent
 from fxquant.qat_modules import FLOAT_BY_QAT
+from fxquant.reference_modules import REFERENCE_BY_FLOAT
 
 REQUIRED = object()
 """Marks a parameter of a signature that has no default."""
@@ -667,6 +668,7 @@ KIND_BY_MODULE: dict[type[nn.Module], OpKind] = {
     nn.Dropout3d: KIND_BY_NAME["dropout"],
 }
 KIND_BY_MODULE |= {qat: KIND_BY_MODULE[plain] for qat, plain in FLOAT_BY_QAT.items()}
+KIND_BY_MODULE |= {made: KIND_BY_MODULE[plain] for plain, made in REFERENCE_BY_FLOAT.items()}
 
 COMPUTE_KINDS = frozenset(
     {f"conv{d}d" for d in (1, 2, 3)}

@@ -44,7 +44,10 @@ def _quantize(
     dtype: torch.dtype,
     axis: int | None = None,
 ) -> Tensor:
-    return quantize(input, QParams(scale, zero_point, _spec(quant_min, quant_max, dtype, axis)))
+    spec = _spec(quant_min, quant_max, dtype, axis)
+    if zero_point.is_floating_point():
+        spec = replace(spec, qscheme=torch.per_channel_affine_float_qparams)
+    return quantize(input, QParams(scale, zero_point, spec))
 
 
 def _dequantize(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fxquant.engines import consume_deprecation_warning, engine
@@ -50,7 +50,8 @@ def rebind_constants(gm: QuantGraphModule) -> None:
             continue
         args = list(node.args)
         for position, name in bound:
-            args[position] = scalar(attribute(gm, name))
+            if not isinstance(args[position], fx.Node):  # else it is read at every call
+                args[position] = scalar(attribute(gm, name))
         if tuple(args) != node.args:
             node.args = tuple(args)
             changed = True
@@ -244,3 +245,23 @@ PACKERS: dict[str, Packer] = {
     "vector": Packer(as_vector, 1, scale=None),
 }
 """Packers by name."""
+
+
+def unpack(record: PackRecord, packed: Any) -> dict[str, Tensor]:
+    """The tensors of :data:`UNPACKED` packers that a packed weight was made from, by name."""
+    weight, bias = packed.unpack()
+    found = {} if bias is None else {record.tensors[-1]: bias}
+    if not weight.is_quantized:
+        return {record.tensors[0]: weight, **found}
+    integers, scale, zero_point, _ = record.tensors
+    if record.packer != "linear" and record.options[0] == 1:
+        weight = weight.squeeze(2)  # torch packs it as a convolution of two dimensions
+    if weight.qscheme() == torch.per_tensor_affine:
+        scales, zero_points = torch.tensor(weight.q_scale()), torch.tensor(weight.q_zero_point())
+    else:
+        scales, zero_points = weight.q_per_channel_scales(), weight.q_per_channel_zero_points()
+    return {integers: weight.int_repr(), scale: scales, zero_point: zero_points, **found}
+
+
+UNPACKED = ("conv", "conv-transpose", "linear", "linear-float16")
+"""Packers whose objects give back what they were made from."""

@@ -34,6 +34,7 @@ from fxquant.kernels import as_bytes, as_quantized
 from fxquant.metadata import record_of
 from fxquant.op_view import Op, attribute, op_of
 from fxquant.operators import DEQUANTIZE, QUANTIZE, QUANTIZE_DYNAMIC, TO_DTYPE
+from fxquant.passes.inline_references import inlined
 from fxquant.passes.lower import Lower
 from fxquant.passes.prepack import Prepack
 from fxquant.quantize_fx import convert_to_reference_fx
@@ -184,7 +185,7 @@ def _reference(model: QuantGraphModule) -> QuantGraphModule:
     if stage is Stage.PREPARED and model.state.target != "x86-compat":
         return convert_to_reference_fx(model)
     if stage is Stage.REFERENCE:
-        return model
+        return inlined(model)
     if stage is Stage.PREPARED:
         raise ConfigError(
             "parity() got a model that fxquant.compat prepared, which only fxquant.compat converts"

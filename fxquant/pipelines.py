@@ -12,6 +12,7 @@ from fxquant.passes.convert_nested import ConvertNested
 from fxquant.passes.correct_bias import CorrectBias
 from fxquant.passes.equalize_weights import EqualizeWeights
 from fxquant.passes.exchange_quantized import ExchangeQuantized
+from fxquant.passes.expose_parameters import ExposeParameters
 from fxquant.passes.fit_weights import FitWeights
 from fxquant.passes.fold_batch_norm import FoldBatchNorm, folded_as_torch
 from fxquant.passes.fold_channel_scale import FoldChannelScale
@@ -38,7 +39,7 @@ from fxquant.passes.round_joined import RoundJoined
 from fxquant.passes.share_parameters import ShareParameters
 from fxquant.passes.take_pieces import TakePieces
 from fxquant.passes.tell_unhonoured import TellUnhonoured
-from fxquant.passes.to_reference import ToReference, names_of_torch
+from fxquant.passes.to_reference import TorchNames, ToReference
 from fxquant.passes.train_weights import TrainWeights
 from fxquant.patterns.library import FUSION_PATTERNS, QAT_FUSION_PATTERNS, with_any_operand
 from fxquant.qconfig_mapping import QConfigMapping
@@ -305,18 +306,24 @@ def _adopting(nest: NestModules, boundary: MarkBoundary, fuse: FusePatterns) -> 
 
 def compat_reference_pipeline(
     nested: ConvertNested = ConvertNested(),  # noqa: B008  # frozen
+    names: TorchNames = TorchNames(),  # noqa: B008  # frozen
+    *,
+    keep_modules: bool = False,
 ) -> Pipeline:
     """Prepared graph to quantize, float op, dequantize, one pair for each observer.
 
     Args:
         nested: converts the modules that are quantized on their own.
+        names: of scales and zero points.
+        keep_modules: as :attr:`ToReference.keep_modules`, for a graph that is not lowered.
     """
     return Pipeline(
         "compat-reference",
         (
             nested,  # takes the observers of their results, which the next would replace
             FreezeWeights(),  # what trained is float modules again, which all others know
-            ToReference(names_of_torch),  # nothing is cancelled: callers count the steps
+            # Nothing is cancelled behind it: callers count the steps.
+            ToReference(names, keep_modules=keep_modules),
             ExchangeQuantized(),  # integers and floats in the graph, quantized tensors outside
         ),
         given=frozenset({Fact.OBSERVED}),
@@ -342,6 +349,7 @@ def compat_lowering_pipeline() -> Pipeline:
             FitWeights(),  # only where a kernel of this machine would overflow
             Lower(),  # kernels, in graph order
             Prepack(),  # weights packed once, not per call
+            ExposeParameters(),  # callers look for them by name
         ),
         given=frozenset({Fact.REFERENCE, Fact.ABSORBED, Fact.CANCELLED}),
     )

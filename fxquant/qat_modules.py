@@ -62,7 +62,7 @@ class QatModule(nn.Module):
     def to_float(self) -> nn.Module:
         """The float module of the same function, its weight not rounded; shares nothing new."""
         weight, bias = self.final_parameters()
-        made = _recast(self, self.float_type)
+        made = recast(self, self.float_type)
         made._modules.clear()
         made._parameters["weight"] = _like_parameter(weight, self.weight)
         if "bias" in made._parameters:
@@ -70,7 +70,7 @@ class QatModule(nn.Module):
         return made
 
 
-def _recast(module: nn.Module, to: type[Made]) -> Made:
+def recast(module: nn.Module, to: type[Made]) -> Made:
     """``module`` as another class, with registries of its own and the same tensors in them."""
     made = to.__new__(to)
     for name, value in vars(module).items():
@@ -476,10 +476,10 @@ def training_form(module: nn.Module, bn: nn.Module | None = None) -> QatModule:
         One without a weight fake quantizer, which computes what ``module`` and ``bn`` compute.
     """
     if bn is None:
-        plain = _recast(module, PLAIN_BY_FLOAT[type(module)])
+        plain = recast(module, PLAIN_BY_FLOAT[type(module)])
         plain.weight_fake_quant = None
         return plain
-    fused = _recast(module, BATCH_NORMED_BY_FLOAT[type(module)])
+    fused = recast(module, BATCH_NORMED_BY_FLOAT[type(module)])
     fused.weight_fake_quant = None
     fused.bn = bn
     fused.freeze_bn = False
@@ -500,7 +500,7 @@ def own_form(module: nn.Module) -> QatModule | None:
     float_type = next((kind for kind in kinds if kind in PLAIN_BY_FLOAT), None)
     if float_type is None:
         return None
-    plain = _recast(module, float_type)
+    plain = recast(module, float_type)
     plain._modules.clear()
     norm = module._modules.get("bn")
     made = training_form(plain, norm)

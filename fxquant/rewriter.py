@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxquant.graph_module import QuantGraphModule, delete_attribute, set_attribute
+from fxquant.graph_module import (
+    PackRecord,
+    QuantGraphModule,
+    delete_attribute,
+    set_attribute,
+)
 from fxquant.metadata import (
     NodeRecord,
     TensorRecord,
@@ -149,15 +154,38 @@ class GraphRewriter:
         node.args = args
         node.kwargs = kwargs or {}
         self.changes += 1
+        if op == "call_module":
+            update_record(node, module=old)
         if op in ("call_module", "get_attr"):
             self._orphans.append(old)
 
-    def retarget_module(self, node: fx.Node, path: str, args: tuple[Any, ...]) -> None:
-        """Turn ``node``, a function call, into a call of the submodule at ``path``."""
+    def replace_arguments(self, node: fx.Node, args: tuple[Any, ...]) -> None:
+        """Call ``node`` with other positional arguments."""
+        node.args = args
+        self.changes += 1
+
+    def rename_packed(self, old: PackRecord, new: PackRecord) -> None:
+        """Keep the packed constant ``old`` as ``new``, and read it there."""
+        gm = self.gm
+        gm.update_state(packs=tuple(new if pack is old else pack for pack in gm.state.packs))
+        gm.__dict__.pop(old.name, None)
+        for node in gm.graph.nodes:
+            if node.op == "get_attr" and node.target == old.name:
+                node.target = new.name
+        self.changes += 1
+
+    def retarget_module(
+        self,
+        node: fx.Node,
+        path: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        """Turn ``node`` into a call of the submodule at ``path``."""
         node.op = "call_module"
         node.target = path
         node.args = args
-        node.kwargs = {}
+        node.kwargs = kwargs or {}
         self.changes += 1
 
     def retarget_method(self, node: fx.Node, method: str) -> None:

@@ -29,7 +29,7 @@ from fxquant.errors import LoweringError
 from fxquant.graph_module import PackRecord, QuantGraphModule
 from fxquant.metadata import record_of
 from fxquant.op_view import attribute
-from fxquant.packing import PACKERS
+from fxquant.packing import PACKERS, scalar
 from fxquant.script_kernels import (
     FourBitTable,
     OneDnnConv,
@@ -103,7 +103,7 @@ def scriptable(gm: QuantGraphModule, *, traced: bool = False) -> fx.GraphModule:
     packs = {pack.name: pack for pack in gm.state.packs if _packs_itself(pack)}
     for record in gm.state.packs:
         _check_loads_again(gm, record)
-    made: dict[fx.Node, fx.Node] = {}
+    made: dict[fx.Node, Any] = {}
     for node in gm.graph.nodes:
         copy = _Copy(
             graph=graph,
@@ -115,6 +115,9 @@ def scriptable(gm: QuantGraphModule, *, traced: bool = False) -> fx.GraphModule:
         pack = packs.get(str(node.target)) if node.op == "get_attr" else None
         if pack is not None:
             made[node] = (_pack_each_time if traced else _pack_once)(gm, held, copy, pack)
+            continue
+        if traced and node.op == "get_attr" and record_of(node).is_number:
+            made[node] = scalar(attribute(gm, str(node.target)))
             continue
         if node.op in ("get_attr", "call_module"):
             held[str(node.target)] = attribute(gm, str(node.target))

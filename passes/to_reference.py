@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 
 from fxquant.errors import CalibrationWarning, NonFiniteStatisticError
 from fxquant.functional import FUNCTIONS, functional_call
@@ -30,7 +30,9 @@ from fxquant.op_view import Form, Op, attribute, op_of
 from fxquant.operators import DEQUANTIZE, QUANTIZE, QUANTIZE_DYNAMIC, TO_DTYPE
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
 from fxquant.passes.insert_observers import OBSERVER_PREFIX
+from fxquant.qconfig_mapping import QConfigMapping, resolve
 from fxquant.recurrent import weight_names
+from fxquant.reference_modules import REFERENCE_BY_FLOAT, ReferenceRelu, reference_form
 from fxquant.rewriter import GraphRewriter
 from fxquant.slices import quantize_rows
 from fxquant.specs import QParams, QuantSpec
@@ -53,9 +55,12 @@ class ToReference(Pass):
 
     Attributes:
         buffer_names: of the scale and the zero point, for the value that an observer watches.
+        keep_modules: modules with weights become modules of :mod:`fxquant.reference_modules`
+            instead of calls of functions on integers.
     """
 
     buffer_names: BufferNames = field(default_factory=lambda: names_of_value)
+    keep_modules: bool = False
 
     name: ClassVar[str] = "to-reference"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED})
@@ -73,7 +78,7 @@ class ToReference(Pass):
         for node in list(gm.graph.nodes):
             _quantize_moved(rewriter, node, parameters)
         fitter = WeightFitter(gm, context.target.select_kernel)
-        _Weights(rewriter, fitter).run()
+        (_ModuleWeights if self.keep_modules else _Weights)(rewriter, fitter).run()
         tell(gm, fitter.reductions, context.diagnostics, "weights were fitted to this machine")
         gm.update_state(stage=Stage.REFERENCE)
         rewriter.changes += 1
@@ -86,23 +91,53 @@ def names_of_value(gm: QuantGraphModule, observer: fx.Node) -> tuple[str, str]:
     return f"{value}_scale", f"{value}_zero_point"
 
 
-def names_of_torch(gm: QuantGraphModule, observer: fx.Node) -> tuple[str, str]:
+@dataclass(frozen=True)
+class TorchNames:
     """``<path>[_input]_scale_<k>`` as torch.ao names them, with the smallest free number.
 
-    The path is that of the module that gives the value, or, for a value that only its reader has
-    observed (``_input``), that reads it; a function's is that of the module that calls it.
+    The path is that of the module that gives the value, a fused one's that of its first part, or,
+    for a value without a qconfig (``_input``), that reads it; a function's is that of the module
+    that calls it, and a functional linear speaks before other readers.
+
+    Attributes:
+        mapping: says whether attributes, which are no ops, have a qconfig.
     """
-    value = observer.all_input_nodes[0]
-    annotation = record_of(value).annotation
-    own = annotation is not None and annotation.output is not None
-    speaker = value if own else next(iter(observer.users), value)
-    record = record_of(speaker)
-    path = str(speaker.target) if speaker.op == "call_module" else record.scope
-    prefix = path.replace(".", "_") + ("" if own else "_input")
-    number = 0
-    while hasattr(gm, f"{prefix}_scale_{number}") or hasattr(gm, f"{prefix}_zero_point_{number}"):
-        number += 1
-    return f"{prefix}_scale_{number}", f"{prefix}_zero_point_{number}"
+
+    mapping: QConfigMapping = field(default_factory=QConfigMapping)
+
+    def __call__(self, gm: QuantGraphModule, observer: fx.Node) -> tuple[str, str]:
+        """The names of scale and zero point for the value that ``observer`` watches."""
+        value = observer.all_input_nodes[0]
+        own = self._has_qconfig(value)
+        speaker = _first_part(gm, value) if own else _reader(gm, observer)
+        path = str(speaker.target) if speaker.op == "call_module" else record_of(speaker).scope
+        prefix = path.replace(".", "_") + ("" if own else "_input")
+        number = 0
+        while hasattr(gm, f"{prefix}_scale_{number}"):
+            number += 1
+        return f"{prefix}_scale_{number}", f"{prefix}_zero_point_{number}"
+
+    def _has_qconfig(self, value: fx.Node) -> bool:
+        record = record_of(value)
+        if value.op != "get_attr":
+            return record.qconfig is not None
+        return resolve(self.mapping, module_path=record.scope).qconfig is not None
+
+
+def _first_part(gm: QuantGraphModule, value: fx.Node) -> fx.Node:
+    """The module that ``value`` is fused into, else ``value``."""
+    fusion = record_of(value).fusion
+    if fusion is None:
+        return value
+    first = next(node for node in gm.graph.nodes if node.name == fusion.first)
+    return first if first.op == "call_module" else value
+
+
+def _reader(gm: QuantGraphModule, observer: fx.Node) -> fx.Node:
+    """Who reads an observed value: a functional linear where there is one, else the first."""
+    readers = list(observer.users)
+    linears = [node for node in readers if node.target is torch.nn.functional.linear]
+    return next(iter((*linears, *readers)), observer.all_input_nodes[0])
 
 
 def is_observer(node: fx.Node) -> bool:
@@ -452,12 +487,8 @@ class _Weights:
         first, _ = self.tensors.setdefault(id(weight), (path, weight))  # tied: one for both
         key = (first, spec)
         if key not in self.made:
-            qconfig = record_of(node).qconfig
-            assert qconfig is not None
-            weight = attribute(self.rewriter.gm, path).detach()
-            qparams = self.fitter.qparams(node, path, weight, spec, qconfig)
-            if spec.has_float_zero_point and spec.levels == 16:
-                qparams = in_half_precision(qparams)
+            weight = weight.detach()
+            qparams = self._parameters(node, weight, path, spec)
             store = self.rewriter.new_buffer
             self.made[key] = (
                 store(f"{node.name}_{name}", quantize_rows(weight, qparams)),
@@ -468,3 +499,60 @@ class _Weights:
             other = "another call" if first == path else repr(first)
             add_reason(node, f"shares its quantized weight with {other}")
         return self.made[key]
+
+    def _parameters(self, node: fx.Node, weight: Tensor, path: str, spec: QuantSpec) -> QParams:
+        qconfig = record_of(node).qconfig
+        assert qconfig is not None
+        qparams = self.fitter.qparams(node, path, weight, spec, qconfig)
+        four_bits = spec.has_float_zero_point and spec.levels == 16
+        return in_half_precision(qparams) if four_bits else qparams
+
+
+class _ModuleWeights(_Weights):
+    """Turns modules with weights into reference modules, and a relu fused behind into their end."""
+
+    def __init__(self, rewriter: GraphRewriter, fitter: WeightFitter) -> None:
+        super().__init__(rewriter, fitter)
+        self.calls: dict[tuple[str, QuantSpec, bool], list[fx.Node]] = {}
+
+    def run(self) -> None:
+        """Convert all ops of the graph that carry a weight spec."""
+        super().run()
+        gm = self.rewriter.gm
+        ours = {node for nodes in self.calls.values() for node in nodes}
+        taken = {str(n.target) for n in gm.graph.nodes if n.op == "call_module" and n not in ours}
+        modules = {path: gm.get_submodule(path) for path, _, _ in self.calls}
+        for (path, spec, with_relu), nodes in self.calls.items():
+            place = self.rewriter.fresh_path(path) if path in taken else path
+            taken.add(path)
+            qparams = None
+            if not spec.is_float:
+                weight = attribute(modules[path], "weight").detach()
+                qparams = self._parameters(nodes[0], weight, f"{path}.weight", spec)
+            made: nn.Module = reference_form(modules[path], spec, qparams)
+            if with_relu:
+                made = ReferenceRelu(made, nn.ReLU())
+            self.rewriter.set_module(place, made.train(modules[path].training))
+            for node in nodes:
+                self.rewriter.retarget_module(node, place, node.args, dict(node.kwargs))
+                relu = _relu_behind(gm, node)
+                if relu is not None:
+                    self.rewriter.absorb(node, relu)
+
+    def _convert(self, node: fx.Node, op: Op, spec: QuantSpec) -> None:
+        gm, path = self.rewriter.gm, str(node.target)
+        if op.form is Form.MODULE and type(gm.get_submodule(path)) in REFERENCE_BY_FLOAT:
+            relu = _relu_behind(gm, node)
+            self.calls.setdefault((path, spec, relu is not None), []).append(node)
+        else:
+            super()._convert(node, op, spec)
+
+
+def _relu_behind(gm: QuantGraphModule, node: fx.Node) -> fx.Node | None:
+    """The relu that is fused with ``node``, and nothing between them."""
+    fusion = record_of(node).fusion
+    reader = next(iter(node.users), None)
+    if fusion is None or reader is None or reader.name != fusion.last:
+        return None
+    op = op_of(gm, reader)
+    return reader if op is not None and op.name == "relu" else None

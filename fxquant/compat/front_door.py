@@ -38,7 +38,7 @@ from fxquant.passes.convert_nested import ConvertNested
 from fxquant.passes.mark_boundary import MarkBoundary
 from fxquant.passes.nest_modules import NestModules
 from fxquant.passes.propagate_qconfigs import subject
-from fxquant.passes.to_reference import is_observer
+from fxquant.passes.to_reference import TorchNames, is_observer
 from fxquant.pipelines import (
     compat_folding_pipeline,
     compat_lowering_pipeline,
@@ -297,7 +297,10 @@ def _reference(
     part_config = ConvertCustomConfig()
     part_config.observed_to_quantized_mapping = config.observed_to_quantized_mapping
     nested = Converting(config, lambda part: convert(part, part_config))
-    compat_reference_pipeline(ConvertNested(nested)).run(gm, context)
+    names = TorchNames(gm.meta.get(MAPPING, QConfigMapping()))
+    keep_modules = convert is convert_to_reference_fx
+    pipeline = compat_reference_pipeline(ConvertNested(nested), names, keep_modules=keep_modules)
+    pipeline.run(gm, context)
     preserve(gm, prepared, config.preserved_attributes)
     return gm, context
 

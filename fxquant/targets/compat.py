@@ -131,7 +131,12 @@ def _with_scalar_rows(target: Target) -> Target:
 def compat_target(backend_config: BackendConfig) -> Target:
     """The table narrowed to what a backend config allows."""
     whole = replace(
-        X86, name="x86-compat", rows=_ROWS, rounds_half_inputs=True, is_float=is_presumably_float
+        X86,
+        name="x86-compat",
+        rows=_ROWS,
+        rounds_half_inputs=True,
+        is_float=is_presumably_float,
+        saturates_at_storage=True,
     )
     narrowed = restrict(whole, backend_config)
     both = {"add", "mul"} <= narrowed.rows.keys()

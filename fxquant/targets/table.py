@@ -139,6 +139,8 @@ class Target:
         select_kernel: ``(op, epilogues, *, integers)`` -> the kernel that will run a convolution or
             linear on this machine, whose sums the weights must not overflow.
         allow: the list of a backend config that the rows were narrowed to, if they were.
+        saturates_at_storage: a narrower range of an observer decides the scale only, as in
+            torch.ao; values beyond it keep their integers.
     """
 
     name: str
@@ -151,6 +153,7 @@ class Target:
     is_float: Callable[[fx.GraphModule, fx.Node], bool] = is_float_tensor
     select_kernel: Callable[..., KernelChoice] | None = None
     allow: AllowList | None = None
+    saturates_at_storage: bool = False
 
     def saturation(self, spec: QuantSpec) -> tuple[int, int]:
         """The integers at which a value of ``spec`` saturates: those of its range.
@@ -160,7 +163,7 @@ class Target:
         scale only.
         """
         low, high = default_range(spec.dtype)
-        if self.executes and 2 * spec.levels == high - low + 1:
+        if self.saturates_at_storage or (self.executes and 2 * spec.levels == high - low + 1):
             return low, high
         return spec.quant_min, spec.quant_max
 

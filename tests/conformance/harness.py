@@ -27,6 +27,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 import fxquant.compat
+from fxquant.graph_module import QuantGraphModule
 from fxquant.operators import DEQUANTIZE, QUANTIZE, QUANTIZE_DYNAMIC
 
 OBSERVER = "activation_post_process_"
@@ -296,6 +297,9 @@ def steps(converted: fx.GraphModule) -> tuple[int, int, int]:
 def weights(lowered: fx.GraphModule) -> list[torch.Tensor]:
     """The integer weights that a lowered graph computes with, in any shape, some twice."""
     found = {}
+    if isinstance(lowered, QuantGraphModule):
+        is_weight = lambda value: value.dim() > 1 and not value.dtype.is_floating_point  # noqa: E731
+        return [value for _, value in lowered.named_buffers() if is_weight(value)]
     for node in lowered.graph.nodes:
         if node.op == "call_module":
             module = lowered.get_submodule(str(node.target))
@@ -305,9 +309,6 @@ def weights(lowered: fx.GraphModule) -> list[torch.Tensor]:
         elif node.op == "get_attr" and "_packed_weight_" in str(node.target):
             packed = getattr(lowered, str(node.target))
             found[str(node.target)] = packed.unpack()[0].int_repr()
-    if not found:
-        is_weight = lambda name, value: value.dim() > 1 and not value.dtype.is_floating_point  # noqa: E731
-        found = {n: v for n, v in lowered.state_dict().items() if is_weight(n, v)}
     return list(found.values())
 
 
