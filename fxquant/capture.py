@@ -29,9 +29,10 @@ from fxquant.errors import (
 from fxquant.graph_module import GraphState, QuantGraphModule, Stage, set_attribute
 from fxquant.metadata import record_of, set_record, update_record
 from fxquant.op_view import OUT_OF_PLACE_OPERATORS, type_of
+from fxquant.optional_inputs import same_but_for
 from fxquant.reparametrized import settle
 from fxquant.shape_guards import ExampleValues, shape_guard
-from fxquant.shapes import bind_examples, is_user_code
+from fxquant.shapes import Examples, bind_examples, is_user_code
 
 _TRACE_LOCK = threading.Lock()
 _SCRIPT = "it is TorchScript, which torch.fx cannot look into"
@@ -164,6 +165,7 @@ def capture(
     leaves: Mapping[str, str] | None = None,
     concrete_args: Mapping[str, Any] | None = None,
     strict_capture: bool = False,
+    keep_inputs: bool = False,
 ) -> QuantGraphModule:
     """Trace ``model`` into a float graph with its own modules and tensors.
 
@@ -183,6 +185,8 @@ def capture(
         leaves: paths of submodules that are not traced into, with the reason.
         concrete_args: inputs that are fixed to a value, by name.
         strict_capture: a submodule that cannot be traced is an error.
+        keep_inputs: inputs that the examples leave out stay inputs where nothing asks for them;
+            otherwise they are fixed to their defaults.
 
     Raises:
         CaptureError: when the model itself, not a part of it, cannot be traced or copied.
@@ -213,6 +217,7 @@ def capture(
             concrete_args,
             strict_capture=strict_capture,
             trains=trains,
+            keep_inputs=keep_inputs,
         )
         gm, islands = tracing.run()
     _copy_training_flags(model, gm)
@@ -373,6 +378,29 @@ def _only_leaves(gm: fx.GraphModule, leaves: Collection[str]) -> bool:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Trace:
+    """What a trace gave.
+
+    Attributes:
+        owned: the copy of the model that was traced.
+        before: path -> attributes of its modules before that.
+        versions: of its tensors before that.
+        graph: the result.
+        islands: with the lines that refused.
+        fixed: inputs that are fixed to a value.
+        conditions: on shapes, that were decided.
+    """
+
+    owned: nn.Module
+    before: dict[str, dict[str, Any]]
+    versions: dict[str, int]
+    graph: fx.Graph
+    islands: dict[str, str]
+    fixed: Mapping[str, Any]
+    conditions: Mapping[str, bool]
+
+
 @dataclass(frozen=True)
 class _Tracing:
     """One trace of a model; see :func:`capture` for the fields."""
@@ -385,6 +413,7 @@ class _Tracing:
     concrete_args: Mapping[str, Any]
     strict_capture: bool
     trains: bool
+    keep_inputs: bool
 
     def run(self) -> tuple[QuantGraphModule, dict[str, str]]:
         """Trace until nothing refuses, each time with one more island.
@@ -392,11 +421,26 @@ class _Tracing:
         Returns:
             The graph, and the islands with the lines that refused.
         """
-        islands: dict[str, str] = {}
         forward = type(self.model).forward
         self._check_concrete(forward)
         examples = bind_examples(forward, self.example_inputs)
-        fixed = {**({} if examples is None else examples.fixed), **self.concrete_args}
+        left_out: Mapping[str, Any] = {} if examples is None else examples.fixed
+        trace = self._trace(examples, {**left_out, **self.concrete_args})
+        if self.keep_inputs and left_out:
+            trace = self._with_inputs_free(examples, left_out, trace)
+        owned, graph, islands = trace.owned, trace.graph, trace.islands
+        _order_inputs(graph, trace.fixed, forward)
+        _restore_attributes(owned, trace.before, self.diagnostics)
+        _warn_of_writes(owned, trace.versions, self.diagnostics)
+        self._warn(trace.conditions)
+        _free_names(owned, graph, self.diagnostics)
+        gm = QuantGraphModule(owned, graph, type(self.model).__name__)
+        islands |= self._scripts(gm)
+        self._give_reasons(gm, islands)
+        return gm, islands
+
+    def _trace(self, examples: Examples | None, fixed: Mapping[str, Any]) -> _Trace:
+        islands: dict[str, str] = {}
         while True:
             # Anew each time: a forward may count its calls.
             owned = self.copying.of(self.model)
@@ -414,16 +458,25 @@ class _Tracing:
                 continue
             except Exception as error:
                 raise self._untraceable(error) from error
-            break
-        _order_inputs(graph, fixed, forward)
-        _restore_attributes(owned, before, self.diagnostics)
-        _warn_of_writes(owned, versions, self.diagnostics)
-        self._warn(tracer.conditions)
-        _free_names(owned, graph, self.diagnostics)
-        gm = QuantGraphModule(owned, graph, type(self.model).__name__)
-        islands |= self._scripts(gm)
-        self._give_reasons(gm, islands)
-        return gm, islands
+            return _Trace(
+                owned=owned,
+                before=before,
+                versions=versions,
+                graph=graph,
+                islands=islands,
+                fixed=fixed,
+                conditions=tracer.conditions,
+            )
+
+    def _with_inputs_free(
+        self, examples: Examples | None, left_out: Mapping[str, Any], fixed: _Trace
+    ) -> _Trace:
+        """The trace with the inputs ``left_out``, where it is the same: nothing asks for them."""
+        try:
+            free = self._trace(examples, self.concrete_args)
+        except CaptureError:
+            return fixed
+        return free if same_but_for(free.graph, fixed.graph, left_out) else fixed
 
     def _check_concrete(self, forward: Callable[..., Any]) -> None:
         known = list(inspect.signature(forward).parameters)[1:]

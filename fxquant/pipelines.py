@@ -345,7 +345,6 @@ def compat_lowering_pipeline() -> Pipeline:
         "compat-lower",
         (
             CancelQuantize(),  # shapes are read from integers
-            InlineModules(),  # what stays in FP32 needs no module objects
             FitWeights(),  # only where a kernel of this machine would overflow
             Lower(),  # kernels, in graph order
             Prepack(),  # weights packed once, not per call

@@ -11,6 +11,7 @@ dtypes (``quint8``); fxquant's say ``uint8`` elsewhere.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -37,9 +38,20 @@ def quant_type(qconfig: QConfig) -> QuantType | None:
 
 
 def observed_module(
-    config: PrepareCustomConfig, module: nn.Module, qconfig: QConfig | None
+    config: PrepareCustomConfig,
+    module: nn.Module,
+    qconfig: QConfig | None,
+    qconfig_inside: Callable[[str, nn.Module], QConfig | None],
 ) -> Nested | None:
-    """The observed form of a custom module, or ``None`` where its class is not mapped."""
+    """The observed form of a custom module, or ``None`` where its class is not mapped.
+
+    Args:
+        config: maps classes.
+        module: its copy. It and the modules in it are given their qconfigs, which torch.ao's
+            quantized modules ask the float ones for.
+        qconfig: of the module.
+        qconfig_inside: of a module in it, by its path from there.
+    """
     if qconfig is None:
         return None
     kind = quant_type(qconfig)
@@ -48,6 +60,11 @@ def observed_module(
         return None
     given: Any = module
     given.qconfig = _in_torch_dtypes(qconfig)
+    for path, part in module.named_modules():
+        own = qconfig_inside(path, part) if path else None
+        if own is not None:
+            inside: Any = part
+            inside.qconfig = _in_torch_dtypes(own)
     return nested_observed(made.from_float(given), type(module), qconfig)
 
 

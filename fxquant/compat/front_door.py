@@ -173,11 +173,13 @@ def _prepare(
         chosen = target if backend is None else how.target_of(backend)
         return _prepare(part, mapping, inputs, own, chosen, how)
 
-    nesting = Nesting(config, prepare)
+    nesting = Nesting(config, prepare, rules)
     leaves = nesting.leaves(model)
     trained = {p: _TRAINED for p, m in model.named_modules() if trained_by_torch(m)}
     leaves = trained | leaves
-    gm = capture(model, diagnostics, example_inputs, leaves=leaves, strict_capture=True)
+    gm = capture(
+        model, diagnostics, example_inputs, leaves=leaves, strict_capture=True, keep_inputs=True
+    )
     refuse_trained(gm)
     record_shapes(gm, example_inputs, diagnostics)
     gm.update_state(target=X86_COMPAT.name, ledger=build_ledger(gm))

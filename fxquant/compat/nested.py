@@ -20,7 +20,7 @@ from fxquant.metadata import record_of
 from fxquant.passes.nest_modules import Nested
 from fxquant.passes.to_reference import is_observer
 from fxquant.qconfig import QConfig
-from fxquant.qconfig_mapping import QConfigMapping
+from fxquant.qconfig_mapping import QConfigMapping, resolve
 from fxquant.rewriter import leaves_of
 
 #: Prepares a standalone module: (module, mapping, example inputs, custom config, backend config).
@@ -38,10 +38,12 @@ class Nesting:
     Attributes:
         config: names standalone, custom and non-traceable modules.
         prepare: prepares a standalone module.
+        mapping: qconfigs of what is inside a custom module.
     """
 
     config: PrepareCustomConfig
     prepare: Prepare
+    mapping: QConfigMapping
 
     def leaves(self, model: nn.Module) -> dict[str, str]:
         """Paths of the submodules of ``model`` that are not traced into, with the reason."""
@@ -65,7 +67,12 @@ class Nesting:
         entry = self._entry(path, module)
         if entry is not None:
             return self._standalone(entry, module, qconfig)
-        return observed_module(self.config, module, qconfig)
+
+        def inside(inner: str, part: nn.Module) -> QConfig | None:
+            at = f"{path}.{inner}"
+            return resolve(self.mapping, module_path=at, target_types=(type(part),)).qconfig
+
+        return observed_module(self.config, module, qconfig, inside)
 
     def _entry(self, path: str, module: nn.Module) -> StandaloneModuleConfigEntry | None:
         named = self.config.standalone_module_names.get(path)

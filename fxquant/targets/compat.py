@@ -49,9 +49,10 @@ def _no_channels(op: Op, qconfig: QConfig) -> str | None:
     is_module = op.form is Form.MODULE
     name = type(op.owner.get_submodule(str(op.node.target))).__name__ if is_module else op.name
     raise ChannelWeightError(
-        f"Per channel weight observer is not supported yet for {name} ({op.node.name!r}). Set a"
-        " qconfig with a per-tensor weight for this type, as get_default_qconfig_mapping does, or"
-        " use fxquant.prepare_fx, which takes one scale for the whole weight"
+        "Per channel weight observer is not supported yet for ConvTranspose{n}d. Here it is"
+        f" {op.node.name!r} ({name}): set a qconfig with a per-tensor weight for this type, as"
+        " get_default_qconfig_mapping does, or use fxquant.prepare_fx, which takes one scale for"
+        " the whole weight"
     )
 
 

@@ -1,0 +1,219 @@
+"""What test-suites of torch.ao's FX API look at, beyond what ``tests/conformance`` states."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import pytest
+import torch
+import torch.ao.nn.quantized as nnq
+import torch.ao.quantization as tq
+from torch import Tensor, fx, nn
+
+from fxquant.capture import capture
+from fxquant.compat import convert_fx, prepare_fx, prepare_qat_fx
+from fxquant.errors import Diagnostics
+
+pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore")]
+
+X = torch.linspace(-1.0, 1.0, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def modules_called(gm: fx.GraphModule) -> list[str]:
+    """The classes of the called modules, in the order of the graph."""
+    calls = [node for node in gm.graph.nodes if node.op == "call_module"]
+    return [type(gm.get_submodule(str(node.target))).__name__ for node in calls]
+
+
+# -- custom modules -------------------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    """A float custom module with layers in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.body(x)
+        return y
+
+
+class ObservedScaled(Scaled):
+    """Notes the qconfigs of its layers."""
+
+    @classmethod
+    def from_float(cls, float_module: Scaled) -> ObservedScaled:
+        made = cls()
+        made.body = float_module.body
+        return made
+
+
+class QuantizedScaled(nn.Module):
+    """Takes torch.ao's quantized linears, which ask the float ones for their qconfig."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.body(x)
+        return y
+
+    @classmethod
+    def from_observed(cls, observed: Any) -> QuantizedScaled:
+        for layer in observed.body:
+            layer.activation_post_process = observed.activation_post_process
+        return cls(nn.Sequential(*map(nnq.Linear.from_float, observed.body)))
+
+
+class HoldsScaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.custom = nn.Linear(4, 4), Scaled()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.custom(self.first(x))
+        return y
+
+
+def test_layers_in_custom_modules_have_their_qconfigs() -> None:
+    other = tq.QConfig(tq.MinMaxObserver, tq.default_per_channel_weight_observer)
+    mapping = (
+        tq.QConfigMapping().set_global(tq.default_qconfig).set_module_name("custom.body.1", other)
+    )
+    prepared = prepare_fx(
+        HoldsScaled().eval(),
+        mapping,
+        (torch.ones(2, 4),),
+        {"float_to_observed_custom_module_class": {"static": {Scaled: ObservedScaled}}},
+    )
+    first, second = prepared.get_submodule("custom.body")
+    assert first.qconfig.weight().qscheme == torch.per_tensor_symmetric
+    assert second.qconfig.weight().qscheme == torch.per_channel_symmetric
+    prepared(torch.randn(2, 4))
+    classes = {"static": {ObservedScaled: QuantizedScaled}}
+    lowered = convert_fx(prepared, {"observed_to_quantized_custom_module_class": classes})
+    body = lowered.get_submodule("custom.body")
+    assert [layer.weight().qscheme() for layer in body] == [
+        torch.per_tensor_affine,
+        torch.per_channel_affine,
+    ]
+    assert not any(hasattr(module, "qconfig") for module in lowered.modules())
+
+
+# -- inputs that may be left out ------------------------------------------------------------------
+
+
+class Bag(nn.Module):
+    """Hands optional inputs on without asking for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.linear = nn.EmbeddingBag(10, 12, mode="sum"), nn.Linear(12, 3)
+
+    def forward(
+        self, indices: Tensor, offsets: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor:
+        y: Tensor = self.linear(self.bag(indices, offsets, weights))
+        return y
+
+
+# TorchScript reads annotations off the graph, where fx keeps no strings.
+_ANNOTATIONS = dict.fromkeys(("offsets", "weights"), Optional[Tensor])  # noqa: UP045
+Bag.forward.__annotations__.update(_ANNOTATIONS)
+
+
+class Asks(nn.Module):
+    """Asks for one input, and hands another one on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float = 2.0) -> Tensor:
+        y: Tensor = self.linear(x) * scale
+        return y if mask is None else y * mask
+
+
+ROWS = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+
+def test_inputs_left_out_stay_inputs_where_nothing_asks() -> None:
+    mapping = tq.get_default_qat_qconfig_mapping().set_object_type(
+        nn.EmbeddingBag, tq.default_embedding_qat_qconfig
+    )
+    model = Bag().train()
+    prepared = prepare_qat_fx(model, mapping, (ROWS,))
+    flat, offsets = torch.tensor([1, 2, 3, 4, 5]), torch.tensor([0, 2])
+    prepared(flat, offsets)
+    lowered = convert_fx(prepared)
+    with torch.no_grad():
+        error = lowered(flat, offsets) - model(flat, offsets)
+    assert float(error.abs().max()) < 0.1
+    scripted = torch.jit.script(lowered)
+    assert torch.equal(scripted(ROWS), lowered(ROWS))
+    assert not torch.equal(lowered(flat, torch.tensor([0, 3])), lowered(flat, offsets))
+
+
+def test_inputs_that_are_asked_for_are_fixed() -> None:
+    gm = capture(Asks().eval(), Diagnostics(), (torch.ones(2, 4),), keep_inputs=True)
+    x = torch.randn(2, 4)
+    assert torch.equal(gm(x), Asks.forward(gm, x))  # type: ignore[arg-type]  # it has the linear
+    with pytest.raises(AssertionError, match="mask has been specialized"):
+        gm(x, torch.ones(2, 4))
+
+
+def test_the_graph_tells_what_is_asked_for() -> None:
+    gm = capture(Bag().eval(), Diagnostics(), (ROWS,), keep_inputs=True)
+    assert not any(node.target is fx._symbolic_trace._assert_is_none for node in gm.graph.nodes)
+    fixed = capture(Bag().eval(), Diagnostics(), (ROWS,))
+    assert sum(node.target is fx._symbolic_trace._assert_is_none for node in fixed.graph.nodes) == 2
+
+
+# -- what stays in floating point -----------------------------------------------------------------
+
+
+class PartlyFloat(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act, self.second = nn.Conv2d(3, 3, 1), nn.GELU(), nn.Conv2d(3, 3, 1)
+        self.sigmoid = nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.sigmoid(self.second(self.act(self.first(x))))
+        return y
+
+
+def test_modules_that_stay_in_float_stay_modules() -> None:
+    mapping = tq.QConfigMapping().set_object_type(nn.Conv2d, tq.default_qconfig)
+    mapping.set_module_name("second", None)
+    model = PartlyFloat().eval()
+    prepared = prepare_fx(model, mapping, (X,))
+    prepared(X)
+    kept = convert_fx(prepared, _remove_qconfig=False)
+    assert modules_called(kept) == ["GELU", "Conv2d", "Sigmoid"]
+    assert hasattr(kept.sigmoid, "qconfig")
+    assert hasattr(kept.second, "qconfig")
+    lowered = convert_fx(prepared)
+    assert not any(hasattr(module, "qconfig") for module in lowered.modules())
+    assert torch.equal(lowered.second.weight, model.second.weight)
+    assert torch.equal(torch.jit.script(lowered)(X), lowered(X))
+
+
+# -- errors ---------------------------------------------------------------------------------------
+
+
+def test_words_of_the_error_for_transposed_convolutions() -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(3, 3, 1)).eval()
+    with pytest.raises(AssertionError) as caught:
+        prepare_fx(model, {"": tq.get_default_qconfig("fbgemm")}, (X,))
+    words = "Per channel weight observer is not supported yet for ConvTranspose{n}d."
+    assert str(caught.value).startswith(words)
+    assert "'_0' (ConvTranspose2d)" in str(caught.value)
