@@ -11,7 +11,7 @@ import json
 import operator
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,26 +21,34 @@ from torch import Tensor, fx, nn
 
 from fxquant._version import __version__
 from fxquant.autocast import without_autocast
+from fxquant.capture import own_copy
 from fxquant.channel_mean import ChannelMean
 from fxquant.config_file import qconfig_from_plain, qconfig_to_plain
-from fxquant.errors import ArtifactError, Diagnostics
+from fxquant.errors import ArtifactError, Diagnostics, StrictModeError, did_you_mean
 from fxquant.graph_codec import EncodedNode, decode_graph, decode_target, encode_graph
-from fxquant.graph_module import QuantGraphModule, Stage, derive, set_attribute
+from fxquant.graph_module import (
+    QuantGraphModule,
+    Stage,
+    derive,
+    graphs_in,
+    parts_below,
+    set_attribute,
+)
+from fxquant.islands import SWAPPED, exchange
 from fxquant.json_codec import decode, encode
 from fxquant.machine import architecture, instruction_sets, settings
 from fxquant.op_catalog import KIND_BY_FUNCTION, KIND_BY_METHOD
 from fxquant.op_view import attribute
 from fxquant.pass_manager import PassContext, run_pass
 from fxquant.passes.inline_modules import InlineModules
-from fxquant.passes.inline_references import inlined
 from fxquant.passes.to_reference import is_observer
 from fxquant.passes.train_weights import is_weight_path
 from fxquant.pipelines import lowering_pipeline
 from fxquant.qat_modules import QatModule
 from fxquant.targets.registry import target_here, target_named
 
-FORMAT = 1
-"""Version of the file format; a file with a higher one is refused."""
+FORMAT = 2
+"""Version of the file format; a file with a higher one is refused. 2 has islands."""
 
 _KEY = "fxquant"
 _BUILTINS = frozenset(
@@ -53,6 +61,9 @@ _ATTRIBUTES = frozenset(
 
 def save(model: QuantGraphModule, path: str | os.PathLike[str]) -> None:
     """Write ``model`` to one file.
+
+    A file holds no code: of a module that cannot be traced it has the tensors and the graphs of
+    what is quantized in it, and :func:`load` needs the module itself.
 
     Args:
         model: what ``prepare_fx`` (statistics included), ``convert_fx`` or
@@ -69,19 +80,12 @@ def save(model: QuantGraphModule, path: str | os.PathLike[str]) -> None:
         )
     from safetensors.torch import save_file
 
-    nodes, source = _graph_to_write(model)
-    tensors, modules = _contents(nodes, source)
-    state = replace(model.state, packs=(), reference=(), limits=())
+    graph, tensors = _encoded(model)
     header = {
-        "format": FORMAT,
+        "format": FORMAT if any(part.state.islands for part in graphs_in(model)) else 1,
         "fxquant": __version__,
-        "stage": model.state.stage.value,
         "made_on": made_on(),
-        "training": model.training,
-        "nodes": encode([_bare(node, model.state.stage) for node in nodes]),
-        "state": encode(state),
-        "modules": modules,
-        "channels_last": _channels_last(nodes, source),
+        **graph,
     }
     destination = Path(path)
     handle, name = tempfile.mkstemp(dir=destination.parent, prefix=f".{destination.name}.")
@@ -94,46 +98,174 @@ def save(model: QuantGraphModule, path: str | os.PathLike[str]) -> None:
         raise
 
 
+def _encoded(model: QuantGraphModule) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A graph as JSON, and its tensors."""
+    nodes, source = _graph_to_write(model)
+    tensors, modules = _contents(nodes, source)
+    state = replace(model.state, packs=(), reference=(), limits=())
+    header = {
+        "stage": model.state.stage.value,
+        "training": model.training,
+        "nodes": encode([_bare(node, model.state.stage) for node in nodes]),
+        "state": encode(state),
+        "modules": modules,
+        "channels_last": _channels_last(nodes, source),
+    }
+    return header, tensors
+
+
 @without_autocast
-def load(path: str | os.PathLike[str], *, strict: bool = False) -> QuantGraphModule:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    islands: Mapping[str, nn.Module] | None = None,
+    strict: bool = False,
+) -> QuantGraphModule:
     """Read what :func:`save` wrote, and lower it for this machine if it was lowered.
 
     Args:
         path: the file.
+        islands: path -> float module, for the modules of the model that could not be traced
+            (``"model"`` where that was the whole model), but those inside another: a file holds no
+            code. The modules are copied; their tensors come from the file.
         strict: turn warnings of lowering into errors.
 
     Raises:
         FileNotFoundError: there is no such file.
         ArtifactError: the file is corrupt, of a newer format, or calls something that is not an
-            operator.
+            operator; or ``islands`` lacks a module, or has another.
     """
     header, tensors = _read(Path(path))
-    try:
-        nodes: list[EncodedNode] = decode(header["nodes"])
-        state = decode(header["state"])
-        for name in header.get("channels_last", ()):
-            like = torch.empty_like(tensors[name], memory_format=torch.channels_last)
-            tensors[name] = like.copy_(tensors[name])
-        root = _root(tensors, header["modules"])
-        _check_targets(nodes)
-        stage = Stage(header["stage"])
-        bare = replace(state, stage=Stage.REFERENCE if stage is Stage.LOWERED else stage)
-        result = QuantGraphModule(root, decode_graph(nodes), state=bare)
-        result.training = bool(header["training"])
-    except ArtifactError:
-        raise
-    except Exception as error:
-        raise ArtifactError(f"{path} is corrupt: {error}") from error
-    if stage is Stage.LOWERED:
-        diagnostics = Diagnostics(strict=strict)
-        target = target_here(state.target, diagnostics)
+    given = dict(islands or {})
+    reader = _Reader(Path(path), given, _described(header["made_on"]), strict=strict)
+    result = reader.graph(header, tensors)
+    unknown = sorted(given.keys() - reader.used)
+    if unknown:
+        raise ArtifactError(
+            f"{path} has no island {unknown[0]!r}{did_you_mean(unknown[0], reader.used)}; it has"
+            f" {', '.join(map(repr, sorted(reader.used))) or 'none'}"
+        )
+    return result
+
+
+class _Reader:
+    """Makes graphs of what a file holds.
+
+    Attributes:
+        path: of the file.
+        islands: what the caller gave.
+        origin: the machine that it was made on.
+        strict: warnings of lowering are errors.
+        used: the paths of ``islands`` that the file asked for.
+    """
+
+    def __init__(
+        self, path: Path, islands: Mapping[str, nn.Module], origin: str, *, strict: bool
+    ) -> None:
+        self.path = path
+        self.islands = islands
+        self.origin = origin
+        self.strict = strict
+        self.used: set[str] = set()
+
+    def graph(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> QuantGraphModule:
+        """A graph, lowered for this machine if it was lowered."""
+        stage, nodes, result = self._bare_graph(header, tensors)
+        if stage is not Stage.LOWERED:
+            return result
+        diagnostics = Diagnostics(strict=self.strict)
+        target = target_here(result.state.target, diagnostics)
         result.update_state(target=target.name)
         if target.executes:
             result.update_state(reference=tuple(nodes))
-            origin = _described(header["made_on"])
             context = PassContext(target=target, diagnostics=diagnostics)
-            lowering_pipeline(origin).run(result, context)
-    return result
+            lowering_pipeline(self.origin).run(result, context)
+        return result
+
+    def _bare_graph(
+        self, header: dict[str, Any], tensors: dict[str, Tensor]
+    ) -> tuple[Stage, list[EncodedNode], QuantGraphModule]:
+        try:
+            nodes: list[EncodedNode] = decode(header["nodes"])
+            state = decode(header["state"])
+            for name in header.get("channels_last", ()):
+                like = torch.empty_like(tensors[name], memory_format=torch.channels_last)
+                tensors[name] = like.copy_(tensors[name])
+            root = self._root(tensors, header["modules"])
+            _check_targets(nodes)
+            stage = Stage(header["stage"])
+            bare = replace(state, stage=Stage.REFERENCE if stage is Stage.LOWERED else stage)
+            result = QuantGraphModule(root, decode_graph(nodes), state=bare)
+            result.training = bool(header["training"])
+        except (ArtifactError, StrictModeError):
+            raise
+        except Exception as error:
+            raise ArtifactError(f"{self.path} is corrupt: {error}") from error
+        return stage, nodes, result
+
+    def _root(self, tensors: dict[str, Tensor], modules: dict[str, Any]) -> nn.Module:
+        root = nn.Module()
+        left = dict(tensors)
+        for path, description in modules.items():
+            own = {n: left.pop(n) for n in list(left) if n.startswith(f"{path}.")}
+            state = {n.removeprefix(f"{path}."): t for n, t in own.items()}
+            if description["kind"] == "island":
+                set_attribute(root, path, self._island(path, description, state))
+                continue
+            if description["kind"] == "ChannelMean":
+                module: Any = ChannelMean(int(description["axis"]))
+            else:
+                qconfig = qconfig_from_plain(description["qconfig"])
+                assert qconfig is not None
+                module = qconfig.activation()
+                module.owner = description["owner"]
+            module.load_state_dict(state)
+            set_attribute(root, path, module)
+        for path, tensor in left.items():
+            set_attribute(root, path, tensor)
+        return root
+
+    def _island(
+        self, path: str, description: dict[str, Any], state: dict[str, Tensor]
+    ) -> nn.Module:
+        """The caller's module at ``path``, with the tensors and the parts of the file."""
+        module = own_copy(self._given(path, description["type"]))
+        module.train(bool(description["training"]))
+        for inside, header in description["parts"].items():
+            own = {n: state.pop(n) for n in list(state) if n.startswith(f"{inside}.")}
+            tensors = {n.removeprefix(f"{inside}."): t for n, t in own.items()}
+            try:
+                replaced = module.get_submodule(inside)
+            except AttributeError as error:
+                raise self._misfit(path, str(error)) from error
+            exchange(module, replaced, self.graph(header, tensors))
+        try:
+            unknown = module.load_state_dict(state, strict=False).unexpected_keys
+        except RuntimeError as error:
+            raise self._misfit(path, str(error).splitlines()[-1].strip()) from error
+        missing = {n for n in _own_state(module) if n not in state}
+        if unknown or missing:
+            raise self._misfit(path, f"tensors {sorted({*unknown, *missing})[:5]} differ")
+        return module
+
+    def _given(self, path: str, kind: str) -> nn.Module:
+        """The caller's module at ``path``, or what is there in one that lies above."""
+        for key, module in self.islands.items():
+            inside = path if key == SWAPPED else path.removeprefix(f"{key}.")
+            try:
+                found = module if path == key else module.get_submodule(inside)
+            except AttributeError:
+                continue
+            self.used.add(key)
+            return found
+        raise ArtifactError(
+            f"{self.path} has the tensors of module {path!r} ({kind}), which could not be traced,"
+            f" and not its code: pass islands={{{path!r}: {kind}(...)}}"
+        )
+
+    def _misfit(self, path: str, why: str) -> ArtifactError:
+        given = type(self._given(path, "")).__name__
+        return ArtifactError(f"islands[{path!r}] ({given}) is not what was saved: {why}")
 
 
 def made_on() -> dict[str, Any]:
@@ -164,7 +296,7 @@ def inspect_header(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _graph_to_write(model: QuantGraphModule) -> tuple[tuple[EncodedNode, ...], QuantGraphModule]:
     if model.state.stage is Stage.LOWERED:
         return model.state.reference, model
-    copy = derive(inlined(model))
+    copy = derive(model)
     context = PassContext(target=target_named(model.state.target or "x86"))
     run_pass(InlineModules(), copy, context)
     return tuple(encode_graph(copy.graph)), copy
@@ -192,6 +324,10 @@ def _contents(
             tensors[node.target] = value.detach().clone().contiguous()
         elif node.op == "call_module":
             module = source.get_submodule(node.target)
+            if node.target in dict(source.state.islands):
+                modules[node.target], state = _island(module)
+                tensors |= {f"{node.target}.{name}": value for name, value in state.items()}
+                continue
             modules[node.target] = _describe(node, module)
             tensors |= {
                 f"{node.target}.{name}": value.detach().clone().contiguous()
@@ -232,29 +368,37 @@ def _describe(node: EncodedNode, module: nn.Module) -> dict[str, Any]:
     )
 
 
+def _island(module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a file holds of a module that runs as it is, and the tensors in it."""
+    tensors = {n: value.detach().clone().contiguous() for n, value in _own_state(module).items()}
+    parts = {}
+    for part in parts_below(module):
+        path = next(name for name, child in module.named_modules() if child is part)
+        parts[path], own = _encoded(part)
+        tensors |= {f"{path}.{name}": value for name, value in own.items()}
+    header = {
+        "kind": "island",
+        "type": type(module).__name__,
+        "training": module.training,
+        "parts": parts,
+    }
+    return header, tensors
+
+
+def _own_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module without that of the graphs in it."""
+    inside = tuple(
+        f"{name}."
+        for name, child in module.named_modules(remove_duplicate=False)
+        if isinstance(child, QuantGraphModule)
+    )
+    return {n: t for n, t in module.state_dict().items() if not n.startswith(inside)}
+
+
 def is_observer_path(path: str) -> bool:
     """Whether ``path`` is that of an observer which ``prepare_fx`` inserted."""
     graph = fx.Graph()
     return is_observer(graph.create_node("call_module", path))
-
-
-def _root(tensors: dict[str, Tensor], modules: dict[str, Any]) -> nn.Module:
-    root = nn.Module()
-    left = dict(tensors)
-    for path, description in modules.items():
-        if description["kind"] == "ChannelMean":
-            module: Any = ChannelMean(int(description["axis"]))
-        else:
-            qconfig = qconfig_from_plain(description["qconfig"])
-            assert qconfig is not None
-            module = qconfig.activation()
-            module.owner = description["owner"]
-        own = {n: left.pop(n) for n in list(left) if n.startswith(f"{path}.")}
-        module.load_state_dict({n.removeprefix(f"{path}."): t for n, t in own.items()})
-        set_attribute(root, path, module)
-    for path, tensor in left.items():
-        set_attribute(root, path, tensor)
-    return root
 
 
 def _read(path: Path, *, tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:

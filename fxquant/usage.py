@@ -190,17 +190,18 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _called(kind: type, function: Any, code: types.CodeType) -> list[tuple[Any, bool]]:
-    """Functions that ``code`` names and that are not torch's: methods first, then globals."""
+    """Functions that ``code`` names and that are not torch's, and whether they have a ``self``."""
     found = []
     for name in code.co_names:
-        for candidate, is_method in (
-            (getattr(kind, name, None), True),
-            (function.__globals__.get(name), False),
-        ):
-            plain = getattr(candidate, "__wrapped__", candidate)
+        members = [(vars(base).get(name), True) for base in kind.__mro__]  # super()'s too
+        for value, has_self in (*members, (function.__globals__.get(name), False)):
+            plain = value.fget if isinstance(value, property) else value
+            plain = getattr(plain, "__wrapped__", getattr(plain, "__func__", plain))
             module = str(getattr(plain, "__module__", None) or "").partition(".")[0]
             if isinstance(plain, types.FunctionType) and module != "torch":
-                found.append((plain, is_method))
+                found.append(
+                    (plain, has_self and not isinstance(value, (staticmethod, classmethod)))
+                )
     return found
 
 

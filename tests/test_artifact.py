@@ -97,7 +97,7 @@ def test_the_header_names_machine_and_version(prepared: QuantGraphModule, tmp_pa
     save(prepared, tmp_path / "prepared.fxq")
     header = inspect_header(tmp_path / "prepared.fxq")
     assert header["stage"] == "prepared"
-    assert header["format"] == FORMAT
+    assert header["format"] == 1  # what has no islands is read by all versions
     assert header["made_on"]["torch"] == torch.__version__
 
 

@@ -8,6 +8,7 @@ import inspect
 import io
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxquant import (
+    ArtifactError,
     CalibrationWarning,
     CaptureWarning,
     FxQuantWarning,
@@ -32,10 +34,12 @@ from fxquant import (
     float_qparams_weight_only_qconfig,
     fuse_fx,
     get_default_qconfig,
+    load,
     prepare_fx,
     prepare_qat_fx,
     quantize,
     quantize_dynamic,
+    save,
 )
 from fxquant.errors import ConfigError, StrictModeError, UntraceableError
 from fxquant.graph_module import Stage, graphs_in, parts_below
@@ -205,6 +209,38 @@ def test_copies_pickles_and_states() -> None:
     assert torch.equal(other(X), int8(X))
     again.load_state_dict(gm.state_dict())  # statistics too
     assert torch.equal(convert_fx(again)(X), int8(X))
+
+
+def test_files(tmp_path: Path) -> None:
+    """A file holds the graphs in an island and its tensors; the code comes from the caller."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Net(ReadsWeight()), nn.Linear(4, 16), Deep()).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CaptureWarning)
+        gm = prepare_fx(model, None, (X,))
+    calibrate(gm, [(X,)])
+    stages = [gm, convert_to_reference_fx(gm), convert_fx(gm)]
+    modules = {"0.island": ReadsWeight(), "2": Deep()}
+    for stage in stages:
+        save(stage, tmp_path / "model.fxq")
+        loaded = load(tmp_path / "model.fxq", islands=modules)
+        assert loaded.state.stage is stage.state.stage
+        assert torch.equal(loaded(X), stage(X))
+        assert explain(loaded).to_json() == explain(stage).to_json()
+    assert audit(load(tmp_path / "model.fxq", islands=modules))
+    assert torch.equal(convert_fx(reloaded(stages[0], tmp_path, modules))(X), stages[2](X))
+    with pytest.raises(ArtifactError, match=r"pass islands=\{'0\.island': ReadsWeight\(\.\.\.\)\}"):
+        load(tmp_path / "model.fxq")
+    with pytest.raises(ArtifactError, match=r"islands\['2'\] \(Decoder\) is not what was saved"):
+        load(tmp_path / "model.fxq", islands={**modules, "2": Decoder()})
+    more = {**modules, "3": Decoder()}
+    with pytest.raises(ArtifactError, match="has no island '3'"):
+        load(tmp_path / "model.fxq", islands=more)
+
+
+def reloaded(gm: QuantGraphModule, folder: Path, modules: dict[str, nn.Module]) -> QuantGraphModule:
+    save(gm, folder / "again.fxq")
+    return load(folder / "again.fxq", islands=modules)
 
 
 def test_a_failed_batch_leaves_no_trace_in_parts() -> None:
@@ -545,6 +581,27 @@ def test_without_example_inputs_single_layers_are_found_by_the_code() -> None:
     assert int8_calls(int8, X) >= 5
 
 
+class Wraps(nn.Module):
+    """Can be traced, but for what is in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+        self.inner = Decoder()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(F.relu(self.fc(x)))
+
+
+class Deep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wraps = Wraps()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wraps(x) if x.sum() < 1e9 else x
+
+
 def test_an_island_in_an_island() -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:
@@ -557,25 +614,6 @@ def test_an_island_in_an_island() -> None:
 
     gm, _ = prepared(net(Outer))
     assert parts(gm) == ["island.fc"] + [f"island.inner.fc{i}" for i in (1, 2, 3)]
-
-    class Wraps(nn.Module):
-        """Can be traced, but for what is in it."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(16, 16)
-            self.inner = Decoder()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.inner(F.relu(self.fc(x)))
-
-    class Deep(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.wraps = Wraps()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.wraps(x) if x.sum() < 1e9 else x
 
     torch.manual_seed(0)
     model = Net(Deep()).eval()
