@@ -74,6 +74,7 @@ def estimate(
     """
     watchers, blind = _watchers(prepared, {node.name for node in graph.graph.nodes})
     paths = {path: prepared.get_submodule(path) for found in watchers.values() for path in found}
+    paths |= {path: prepared.get_submodule(path) for path, _ in prepared.state.islands}
     bound = bind_examples(graph, example_inputs)
     examples = dict(bound.arguments)
     batch, count = _batch_sizes(examples)
@@ -82,7 +83,10 @@ def estimate(
         bound.arguments.update(_made_up(examples, batch, size, mean, deviation))
         fed = copy.deepcopy(paths)  # a run that fails half-way leaves nothing behind
         run = _NormalizingRun(
-            graph, bound, {name: [fed[p] for p in found] for name, found in watchers.items()}
+            graph,
+            bound,
+            {name: [fed[p] for p in found] for name, found in watchers.items()},
+            {path: fed[path] for path, _ in prepared.state.islands},
         )
         try:
             with torch.no_grad():
@@ -108,11 +112,20 @@ class _NormalizingRun(BoundInterpreter):
         gm: QuantGraphModule,
         bound: inspect.BoundArguments,
         watchers: Mapping[str, list[nn.Module]],
+        islands: Mapping[str, nn.Module],
     ) -> None:
         super().__init__(gm, bound)
         self.gm = gm
         self.watchers = watchers
+        self.islands = islands  # those of the prepared model, which watch what is in them
         self.unnormalized: list[str] = []
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the module at ``target``."""
+        island = self.islands.get(str(target))
+        if island is not None:
+            return island(*args, **kwargs)
+        return super().call_module(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         """Run ``n``, and feed those who watch it."""

@@ -13,7 +13,6 @@ from torch import nn
 
 from fxquant.audit import audit
 from fxquant.calibration import Forward, calibrate
-from fxquant.capture import capture
 from fxquant.data_free import estimate
 from fxquant.errors import (
     CalibrationError,
@@ -36,6 +35,7 @@ from fxquant.qconfig import (
 )
 from fxquant.qconfig_mapping import ObjectType, QConfigMapping, with_default_types
 from fxquant.quantize_fx import convert_fx, prepare_fx
+from fxquant.ways_in import Steering, as_module, capture_any
 
 DATA_FREE_COST = (
     "at most 0.4 points of top-1, and the class of 0 to 7 % of the inputs changes (0.2 to 4 % with"
@@ -62,7 +62,8 @@ def quantize(
     """Prepare, calibrate, convert and audit.
 
     Args:
-        model: a module in evaluation mode. It is not touched.
+        model: a module in evaluation mode, or whatever :func:`fxquant.prepare_fx` takes. It is not
+            touched.
         data: calibration batches, fed as :func:`fxquant.calibrate` says; a few hundred inputs do.
             ``None`` goes without: ranges come from batch-norms and from made-up inputs of the given
             mean and deviation (see :mod:`fxquant.synthetic`). A warning says what that costs.
@@ -87,6 +88,7 @@ def quantize(
         CalibrationError: ``data`` holds no batch, or one that does not fit.
     """
     diagnostics = Diagnostics(strict=strict)
+    model = as_module(model, "quantize")
     if data is None:
         if example_inputs is None:
             raise MissingExampleInputsError(
@@ -245,7 +247,7 @@ def estimate_ranges(
         CalibrationError: the model does not run on inputs made up like the example inputs.
     """
     quiet = Diagnostics(silent=True)  # prepare_fx has said everything about the trace already
-    graph = capture(model, quiet, example_inputs, share=True)
+    graph = capture_any(model, quiet, example_inputs, Steering(), trains=False).graph
     found = estimate(prepared, graph, example_inputs, mean=mean, deviation=deviation)
     statistics = (
         f"; the running statistics of {', '.join(map(repr, found.unnormalized[:5]))} were used, as"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from fxquant import (
+    CalibrationWarning,
     CaptureError,
     CaptureWarning,
     QConfigMapping,
@@ -22,8 +24,11 @@ from fxquant import (
     convert_fx,
     explain,
     get_default_qconfig,
+    load,
     prepare_fx,
     prepare_qat_fx,
+    quantize,
+    save,
 )
 from fxquant.metadata import record_of
 from fxquant.op_rows import Runs
@@ -86,6 +91,8 @@ def test_torch_export_is_the_second_way() -> None:
     assert sqnr(model(*inputs), int8(*inputs)) > 30
     assert int8(floats(5, 8), floats(5, 8)).shape == (5, 4)  # no size is baked in
     with pytest.warns(CaptureWarning):
+        assert audit(quantize(model, [inputs], progress=False)).mac_coverage == 1.0
+    with pytest.warns(CaptureWarning):
         gm = prepared(model, *inputs, mapping={"": get_default_qconfig("x86"), "last": None})
     assert explain(gm).row("last").runs is Runs.FP32
 
@@ -122,6 +129,16 @@ def test_module_swap_is_the_third(*, examples: bool) -> None:
     assert sum(report.int8_calls.values()) == 3
     assert sqnr(model(x), int8(x)) > 30
     assert explain(int8).row("deep.2").runs is Runs.INT8
+
+
+def test_module_swap_in_one_call_and_in_a_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Decides().eval(), floats(3, 8)
+    with pytest.warns(CaptureWarning, match="the model"), pytest.warns(CalibrationWarning):
+        int8 = quantize(model, None, example_inputs=(x,), progress=False)
+    assert audit(int8).mac_coverage == 1.0
+    save(int8, tmp_path / "model.fxq")
+    assert torch.equal(load(tmp_path / "model.fxq", islands={"model": Decides()})(x), int8(x))
 
 
 def test_module_swap_knows_the_models_own_names() -> None:
