@@ -24,7 +24,6 @@ from torch import Tensor, fx, nn
 
 import fxquant
 from fxquant import compat
-from fxquant.compat.front_door import ADOPTER
 from fxquant.errors import ConfigError, NotPreparedError
 from fxquant.graph_module import Stage
 from fxquant.qat_modules import QatConvBn2d, QatLinear, QatLinearBn1d
@@ -243,7 +242,7 @@ STATIC: dict[str, Callable[[], Any]] = {
 def test_calibrated_models(name: str) -> None:
     model = prepared(Net(), (X,), STATIC[name]())
     compare(model, (X,))
-    adopted = ADOPTER.adopt(model)
+    adopted = compat.adopt_fx(model)
     assert adopted.state.stage is Stage.PREPARED
     assert_same(run(adopted, (X,)), run(model, (X,)))
 
@@ -277,7 +276,7 @@ def test_the_observers_of_the_model_are_kept() -> None:
     model = prepared(Net(), (X,), mapping())
     model(4 * X)
     model.activation_post_process_1.max_val.fill_(123.0)
-    adopted = ADOPTER.adopt(model)
+    adopted = compat.adopt_fx(model)
     for name, theirs in model.named_children():
         if name.startswith("activation_post_process_"):
             ours = adopted.get_submodule(name)
@@ -297,7 +296,7 @@ def test_trained_models(version: int, training: bool) -> None:
     given = tq.get_default_qat_qconfig_mapping("x86", version)
     model = prepared(Trained().train(training), (X,), given, trains=3)
     compare(model, (X,))
-    adopted = ADOPTER.adopt(model)
+    adopted = compat.adopt_fx(model)
     kinds = (QatConvBn2d, QatConvBn2d, QatLinearBn1d, QatLinear)
     found = [type(adopted.get_submodule(name)) for name in ("c", "c3", "lb", "l")]
     assert found == list(kinds)
@@ -333,7 +332,7 @@ def test_a_frozen_batch_norm_and_a_fixed_weight_stay_so() -> None:
     model.apply(tq.disable_observer)
     with torch.no_grad():
         model.c2.weight.mul_(3)  # the range of the weight is from before
-    assert ADOPTER.adopt(model).c.freeze_bn
+    assert compat.adopt_fx(model).c.freeze_bn
     compare(model, (X,))
 
 
@@ -382,7 +381,7 @@ def test_preserved_attributes() -> None:
     keep = tq_custom.ConvertCustomConfig().set_preserved_attributes(["classes"])
     assert compat.convert_fx(model, keep).classes == ["cat", "dog"]
     assert not hasattr(compat.convert_fx(model), "classes")
-    assert ADOPTER.adopt(model).classes == ["cat", "dog"]
+    assert compat.adopt_fx(model).classes == ["cat", "dog"]
 
 
 def test_custom_modules() -> None:
@@ -443,6 +442,32 @@ def test_convert_switches_ops_off() -> None:
     off = mapping().set_module_name("other", None)
     compare(made, (X,), qconfig_mapping=off)
     assert compat.convert_fx(made, qconfig_mapping=off).code != compat.convert_fx(made).code
+
+
+@pytest.mark.parametrize("more", ["", "part", "part.a", "a"])
+def test_convert_s_mapping_is_not_for_standalone_modules(more: str) -> None:
+    """It is for the model around them: what is in them stays quantized, however it is named.
+
+    torch.ao rounds the result of an op that is switched off where what reads it has a qconfig,
+    though nothing reads integers.
+    """
+    custom = tq_custom.PrepareCustomConfig()
+    custom.set_standalone_module_name("part", None, (X,), None, None)
+    model = Whole()
+    made = prepared(model, (X,), mapping(), prepare_custom_config=custom)
+    off = mapping().set_object_type(nn.Conv2d, None)
+    if more:
+        off.set_module_name(more, None)
+    with quiet():
+        theirs = tq_fx.convert_fx(copy.deepcopy(made), qconfig_mapping=off)
+        own = compat.prepare_fx(model, mapping(), (X,), custom)
+        run(own, (X,))
+    rounded = (0, 0, 0) if more == "part" else (1, 0, 1)
+    assert (steps(theirs), steps(theirs.part)) == (rounded, (1, 0, 1))
+    for source in (made, own):
+        ours = compat.convert_fx(source, qconfig_mapping=off)
+        assert_same(run(ours, (X,)), run(theirs, (X,)))
+        assert (steps(ours), steps(ours.part)) == ((0, 0, 0), (1, 0, 1))
 
 
 # -- files ----------------------------------------------------------------------------------------
@@ -506,7 +531,7 @@ def test_a_pickled_model_of_modules(trains: int) -> None:
 
 def test_what_was_adopted_can_be_saved_and_calibrated() -> None:
     made = prepared(Net(), (X,), defaults())
-    adopted = through_a_file(ADOPTER.adopt(made))
+    adopted = through_a_file(compat.adopt_fx(made))
     with quiet():
         made(3 * X)
         fxquant.calibrate(adopted, [(3 * X,)])
@@ -603,6 +628,14 @@ def test_modules_of_torch_that_train_are_no_float_modules(
         getattr(library, call)(nn.Sequential(module).eval(), {"": QCONFIG}, (X,))
     with quiet():
         getattr(library, call)(nn.Sequential(module.to_float()).eval(), {"": QCONFIG}, (X,))
+
+
+def test_only_what_torch_prepared_is_adopted() -> None:
+    with quiet():
+        own = compat.prepare_fx(nn.Sequential(nn.Linear(4, 4)).eval(), OURS, (ROWS,))
+    for model in (Net(), fx.symbolic_trace(Net()), own):
+        with pytest.raises(NotPreparedError, match="was not prepared by torch"):
+            compat.adopt_fx(model)
 
 
 def test_a_model_that_torch_converted_is_no_prepared_one() -> None:

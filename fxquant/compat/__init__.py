@@ -32,6 +32,7 @@ from fxquant.compat.configs import (
     QConfigMapping,
 )
 from fxquant.compat.front_door import (
+    adopt_fx,
     convert_fx,
     convert_to_reference_fx,
     fuse_fx,
@@ -176,6 +177,7 @@ __all__ = [
     "RecordingObserver",
     "ReuseInputObserver",
     "UniformQuantizationObserverBase",
+    "adopt_fx",
     "convert_fx",
     "convert_to_reference_fx",
     "default_activation_only_qconfig",

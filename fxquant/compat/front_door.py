@@ -173,7 +173,7 @@ def _prepare(
         chosen = target if backend is None else how.target_of(backend)
         return _prepare(part, mapping, inputs, own, chosen, how)
 
-    nesting = Nesting(config, prepare, rules)
+    nesting = Nesting(config, prepare, rules, diagnostics)
     leaves = nesting.leaves(model)
     trained = {p: _TRAINED for p, m in model.named_modules() if trained_by_torch(m)}
     leaves = trained | leaves
@@ -307,12 +307,46 @@ def _reference(
     return gm, context
 
 
+def adopt_fx(
+    graph_module: fx.GraphModule,
+    qconfig_mapping: QConfigMapping | Mapping[str, Any] | Any = None,
+    backend_config: BackendConfig | Mapping[str, Any] | Any = None,
+) -> QuantGraphModule:
+    """Take over a model that torch.ao prepared, to go on calibrating, save or explain it.
+
+    :func:`convert_fx` and :func:`convert_to_reference_fx` do so by themselves.
+
+    Args:
+        graph_module: what torch.ao's ``prepare_fx`` or ``prepare_qat_fx`` returned, calibrated or
+            trained or not. It is not touched.
+        qconfig_mapping: the one of prepare, where pickling lost it.
+        backend_config: the one of prepare, which torch.ao does not note.
+
+    Returns:
+        What :func:`prepare_fx` would have returned, with copies of the model's own observers.
+
+    Raises:
+        NotPreparedError: it was not prepared by torch.ao, torch.ao's notes are lost and no mapping
+            was given, or torch.ao observes other values than fxquant would.
+        ConfigError: it was prepared for equalization.
+    """
+    if not is_prepared_by_torch(graph_module):
+        raise NotPreparedError(
+            f"this {type(graph_module).__name__} was not prepared by torch.ao; adopt_fx takes what"
+            " torch.ao's prepare_fx or prepare_qat_fx returned"
+        )
+    adopter = Adopter(
+        lambda mapping: _rules(mapping, Diagnostics(silent=True)), _target, _training_target
+    )
+    return adopter.adopt(graph_module, backend_config, qconfig_mapping)
+
+
 def _own_prepared(
     prepared: fx.GraphModule, qconfig_mapping: Any, backend_config: Any
 ) -> QuantGraphModule:
     """A copy of what was prepared here, or by torch.ao."""
     if is_prepared_by_torch(prepared):
-        return ADOPTER.adopt(prepared, backend_config, qconfig_mapping)
+        return adopt_fx(prepared, qconfig_mapping, backend_config)
     if not isinstance(prepared, QuantGraphModule) or prepared.state.stage is not Stage.PREPARED:
         raise NotPreparedError(
             "incoming model must be produced by prepare_fx (or prepare_qat_fx), and can be"
@@ -321,12 +355,6 @@ def _own_prepared(
     gm = own_copy(prepared)
     assert isinstance(gm, QuantGraphModule)
     return gm
-
-
-ADOPTER: Final = Adopter(
-    lambda mapping: _rules(mapping, Diagnostics(silent=True)), _target, _training_target
-)
-"""Takes over what torch.ao prepared."""
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,18 @@ from typing import Any, Final
 from torch import nn
 
 from fxquant.backend_config import BackendConfig
-from fxquant.compat.custom_modules import converted_module, is_custom, observed_module
+from fxquant.compat.custom_modules import (
+    converted_module,
+    is_custom,
+    observed_module,
+    quant_type,
+)
 from fxquant.custom_config import (
     ConvertCustomConfig,
     PrepareCustomConfig,
     StandaloneModuleConfigEntry,
 )
+from fxquant.errors import ConfigWarning, Diagnostics
 from fxquant.graph_module import QuantGraphModule, Stage
 from fxquant.metadata import record_of
 from fxquant.passes.nest_modules import Nested
@@ -39,11 +45,13 @@ class Nesting:
         config: names standalone, custom and non-traceable modules.
         prepare: prepares a standalone module.
         mapping: qconfigs of what is inside a custom module.
+        diagnostics: takes the warnings.
     """
 
     config: PrepareCustomConfig
     prepare: Prepare
     mapping: QConfigMapping
+    diagnostics: Diagnostics
 
     def leaves(self, model: nn.Module) -> dict[str, str]:
         """Paths of the submodules of ``model`` that are not traced into, with the reason."""
@@ -72,7 +80,25 @@ class Nesting:
             at = f"{path}.{inner}"
             return resolve(self.mapping, module_path=at, target_types=(type(part),)).qconfig
 
-        return observed_module(self.config, module, qconfig, inside)
+        observed = observed_module(self.config, module, qconfig, inside)
+        if observed is None and qconfig is not None and is_custom(self.config, module):
+            self._tell_other_kind(path, module, qconfig)
+        return observed
+
+    def _tell_other_kind(self, path: str, module: nn.Module, qconfig: QConfig) -> None:
+        """Say that a custom module is not mapped for how its qconfig quantizes."""
+        wanted = quant_type(qconfig)
+        if wanted is None:
+            return
+        mapping = self.config.float_to_observed_mapping
+        known = [kind.name.lower() for kind, classes in mapping.items() if type(module) in classes]
+        self.diagnostics.warn(
+            f"module {path!r} ({type(module).__name__}) is a custom module for"
+            f" {' and '.join(known)} quantization, and its qconfig is {wanted.name.lower()}; it"
+            " computes in floating point. Map its class for that with"
+            " set_float_to_observed_mapping, or set None for it",
+            ConfigWarning,
+        )
 
     def _entry(self, path: str, module: nn.Module) -> StandaloneModuleConfigEntry | None:
         named = self.config.standalone_module_names.get(path)

@@ -720,6 +720,32 @@ def test_a_custom_module_that_convert_does_not_know_stays_in_float(peers: Peers)
         fxquant.compat.convert_fx(ours[0])
 
 
+@pytest.mark.statement("S9.2a")
+def test_a_static_custom_module_under_a_dynamic_qconfig_stays_in_float(peers: Peers) -> None:
+    """torch.ao too leaves it, but rounds what it reads, at run time, for nothing."""
+    model = CUSTOM["behind-conv"]()
+
+    def mapping(names: Names) -> Any:
+        return STATIC(names).set_module_name("part", names.default_dynamic_qconfig)
+
+    theirs, _ = peers.prepare(THEIRS, model, (IMAGES,), mapping, OBSERVED)
+    ours, warned = peers.prepare(OURS, model, (IMAGES,), mapping, OBSERVED)
+    assert type(theirs.part) is type(ours.part) is Custom
+    (told,) = [text for text in warned if "custom module" in text]
+    assert "'part' (Custom) is a custom module for static quantization" in told
+    assert "its qconfig is dynamic; it computes in floating point" in told
+    run(theirs, (IMAGES,))
+    run(ours, (IMAGES,))
+    for graph, expected in zip(
+        peers.convert(OURS, ours, QUANTIZING),
+        peers.convert(THEIRS, theirs, QUANTIZING),
+        strict=True,
+    ):
+        assert (steps(expected)[1], steps(graph)[1]) == (1, 0)
+    _, silent = peers.prepare(OURS, model, (IMAGES,), STATIC, OBSERVED)
+    assert not any("custom module" in text for text in silent)
+
+
 class Dynamic(nn.Module):
     def __init__(self) -> None:
         super().__init__()
