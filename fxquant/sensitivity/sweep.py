@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+import torch
 from torch import fx
 
 from fxquant.operators import DEQUANTIZE, QUANTIZE
@@ -91,8 +92,11 @@ class Sweep:
 
     def float_metrics(self) -> dict[str, float]:
         """What user functions give for the float network."""
-        module = self.floats.module
-        return {name: float(f(module, self.data)) for name, f in self.options.user.items()}
+        return self._user(self.floats)
+
+    @torch.no_grad()
+    def _user(self, program: Program) -> dict[str, float]:
+        return {n: float(f(program.module, self.data)) for n, f in self.options.user.items()}
 
     def _anchored(self, precision: str) -> Program:
         if precision not in self._lowered:
@@ -183,9 +187,10 @@ class Sweep:
                 theirs = self.simulator.run(self.floats, batch, layer_names[1:])
                 local.add(theirs[layer_names[1]], found[layer_names[0]])
         program.constants.clear()
-        user = {n: float(f(program.module, self.data)) for n, f in self.options.user.items()}
         return Measurement(
-            output=whole.result(), layer=local.result() if at_layer else None, user=user
+            output=whole.result(),
+            layer=local.result() if at_layer else None,
+            user=self._user(program),
         )
 
     def _parts(self, group: Layer) -> tuple[dict[str, Metrics], dict[str, Metrics]]:
