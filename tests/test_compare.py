@@ -278,6 +278,31 @@ def test_kernels_that_overwrite_what_they_read() -> None:
     assert {"act", "act_1", "cat", "max_pool2d"} <= {row.name for row in lowered.rows}
 
 
+class Shuffled(nn.Module):
+    """Pieces, a channel shuffle, and an identity, which become other ops in int8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(4, 8, 1)
+        self.b = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = nn.functional.dropout(self.a(x), training=False).chunk(2, dim=1)
+        y = torch.cat([first, self.b(second).relu()], 1)
+        n, c, h, w = y.shape
+        return y.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+
+
+def test_ops_that_become_others() -> None:
+    model, x = Shuffled().eval(), torch.randn(2, 4, 6, 6)
+    prepared = prepared_of(model, x)
+    for other in (convert_fx(prepared), prepared):
+        report = compare(model, other, [x])
+        assert [row.note for row in report.rows] == [""] * len(report.rows)
+        assert {"getitem", "getitem_1", "cat", "relu"} <= {row.name for row in report.rows}
+        assert all(row.sqnr > 25 for row in report.rows)
+
+
 def test_what_is_not_static_int8() -> None:
     class Tagger(nn.Module):
         def __init__(self) -> None:

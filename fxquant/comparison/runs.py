@@ -75,7 +75,10 @@ class IntRun(BoundInterpreter):
         """Run ``n``, and compare where it is a site."""
         value = super().run_node(n)
         site = self.sites.get(n.name)
-        if site is None or site.name not in self.floats:
+        if site is None:
+            return value
+        if site.name not in self.floats:
+            self.counters[n.name].skipped = "the float graph has no such value"
             return value
         exact = self.floats[site.name]
         counters = self.counters[n.name]

@@ -201,8 +201,8 @@ class _Finder:
 
     def _origin(self, node: fx.Node) -> str:
         """The last op of the float graph that ``node`` carries out; empty for none."""
-        known = [o for o in record_of(node).origins if o in self.order]
-        return max(known, key=self.order.__getitem__, default="")
+        origins = record_of(node).origins
+        return origins[-1] if origins else ""
 
     def _layer(self, node: fx.Node) -> str:
         """Path of the module that begins the pattern of ``node``."""
