@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from fxquant.aten import import_aten, is_aten
+from fxquant.attention import drop_unread, spell_out
 from fxquant.errors import (
     CaptureError,
     CaptureWarning,
@@ -84,7 +85,7 @@ class CaptureTracer(fx.Tracer):
         Conditions on tensor values, and all conditions where there are no example inputs, are
         refused as fx refuses them.
         """
-        value = None if self.examples is None else self._example_value(obj)
+        value = self.example_value(obj)
         if not isinstance(value, (bool, int, float)):
             return super().to_bool(obj)
         line = _line_of(traceback.extract_stack())
@@ -92,8 +93,10 @@ class CaptureTracer(fx.Tracer):
         self.conditions[line] = bool(value)
         return bool(value)
 
-    def _example_value(self, obj: fx.Proxy) -> Any:
-        assert self.examples is not None
+    def example_value(self, obj: fx.Proxy) -> Any:
+        """The value of ``obj`` with the example inputs; ``None`` where they do not run."""
+        if self.examples is None:
+            return None
         try:
             return self.examples.of(obj.node, self.root)
         except Exception:  # noqa: BLE001  # the examples do not run; record_shapes says so with the reason
@@ -444,6 +447,8 @@ class _Tracing:
         while True:
             # Anew each time: a forward may count its calls.
             owned = self.copying.of(self.model)
+            if self.copying.share:
+                spell_out(owned, {**self.leaves, **islands})
             before = {path: _attributes(module) for path, module in owned.named_modules()}
             versions = _versions(owned)
             values = None if examples is None else ExampleValues(examples.values)
@@ -458,6 +463,7 @@ class _Tracing:
                 continue
             except Exception as error:
                 raise self._untraceable(error) from error
+            drop_unread(graph)
             return _Trace(
                 owned=owned,
                 before=before,

@@ -108,6 +108,8 @@ def _float_tensor(gm: fx.GraphModule, node: fx.Node) -> bool | None:
             value = attribute(gm, str(current.target))
             return isinstance(value, Tensor) and value.is_floating_point()
         kind = kind_of(gm, current)
+        if kind is not None and not kind.gives_floats:
+            return False
         if kind is not None and kind.constants:
             return True
         if any(_must_be_float(gm, current, user) for user in current.users):

@@ -49,6 +49,17 @@ def interleave(x: Tensor, height: int, width: int) -> Tensor:
     return pixels.permute(0, 3, 1, 2)
 
 
+def lookup(x: Tensor, table: Tensor) -> Tensor:
+    """``table[x]`` for bytes ``x`` and a table of 256 bytes, in the memory format of ``x``.
+
+    ``index_select`` on flat integers takes a quarter of the time of ``table[x.long()]``.
+    """
+    last = x.dim() == 4 and not x.is_contiguous()
+    flat = x.permute(0, 2, 3, 1) if last else x
+    found = table.index_select(0, flat.reshape(-1).to(torch.int32)).reshape(flat.shape)
+    return found.permute(0, 3, 1, 2) if last else found
+
+
 def chunk(x: Tensor, chunks: int, dim: int, index: int) -> Tensor:
     """One piece of ``x.chunk(chunks, dim)``."""
     return x.chunk(chunks, dim)[index]

@@ -69,8 +69,8 @@ def macs_of(gm: fx.GraphModule, node: fx.Node) -> int | None:
 
     Convolution: output elements x input channels per group x kernel elements; transposed: input
     elements x output channels per group x kernel elements; linear and matrix products: output
-    elements x inner size; recurrent modules: time steps x batch x weight elements; element-wise
-    and moving ops and look-ups: 0.
+    elements x inner size; attention: its two matrix products; recurrent modules: time steps x batch
+    x weight elements; element-wise and moving ops and look-ups: 0.
 
     Returns:
         ``None`` where the shapes are unknown, or what the op multiplies.
@@ -89,6 +89,12 @@ def macs_of(gm: fx.GraphModule, node: fx.Node) -> int | None:
         return None
     if op.name in ("matmul", "bmm"):
         return math.prod(output) * source[-1]
+    if op.name in ("baddbmm", "addmm"):
+        factor = shape_of(op.activations[1])
+        return None if factor is None else math.prod(output) * factor[-1]
+    if op.name == "scaled_dot_product_attention":
+        keys = shape_of(op.activations[1])
+        return None if keys is None else (math.prod(source) + math.prod(output)) * keys[-2]
     weight = _weight_shape(op)
     if weight is None:
         return None

@@ -41,6 +41,9 @@ class OpKind:
         variadic: the method form takes the last parameter as separate arguments too
             (``x.view(2, -1)``).
         definition: the function only defines the kind, slowly: reference graphs alone call it.
+        fixed: module class -> values of parameters that it fixes and has no attribute for.
+        gives_floats: the result is one float tensor where the input is one: no comparison, index or
+            tuple.
     """
 
     name: str
@@ -54,6 +57,8 @@ class OpKind:
     inplace: tuple[object, ...] = ()
     variadic: bool = False
     definition: bool = False
+    fixed: dict[type[nn.Module], dict[str, object]] = field(default_factory=dict)
+    gives_floats: bool = True
 
 
 def _signature(text: str, **defaults: object) -> tuple[tuple[str, object], ...]:
@@ -71,6 +76,17 @@ _MAX_POOL_ATTRIBUTES = _same(
     "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"
 )
 _AVG_POOL_ATTRIBUTES = _same("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
+
+
+_PADDING_MODULES: dict[type[nn.Module], str] = {
+    getattr(nn, f"{name}Pad{dim}d"): mode
+    for name, mode in (
+        ("Reflection", "reflect"),
+        ("Replication", "replicate"),
+        ("Circular", "circular"),
+    )
+    for dim in (1, 2, 3)
+}
 
 
 def _conv(dim: int, module: type[nn.Module], function: Callable[..., object]) -> OpKind:
@@ -153,10 +169,12 @@ def _unary(
     methods: tuple[str, ...] = (),
     inplace: tuple[object, ...] = (),
     variadic: bool = False,
+    gives_floats: bool = True,
     **defaults: object,
 ) -> OpKind:
     """A unary function; ``extra`` lists the further parameters after ``input``."""
     return OpKind(
+        gives_floats=gives_floats,
         name=name,
         signature=_signature(f"input {extra}", **({"inplace": False} | defaults)),
         variadic=variadic,
@@ -174,9 +192,11 @@ def _arithmetic(
     inplace: tuple[object, ...] = (),
     *,
     extra: str = "",
+    gives_floats: bool = True,
     **defaults: object,
 ) -> OpKind:
     return OpKind(
+        gives_floats=gives_floats,
         name=name,
         signature=_signature(f"input other {extra}", **defaults),
         activations=("input", "other"),
@@ -212,7 +232,40 @@ KINDS: tuple[OpKind, ...] = (
     _arithmetic(
         "matmul", (torch.matmul, operator.matmul, torch.mm), ("matmul", "mm", "__matmul__")
     ),
-    _arithmetic("bmm", (torch.bmm,), ("bmm",)),
+    _arithmetic("bmm", (torch.bmm,), ("bmm",), extra="out_dtype", out_dtype=None),
+    OpKind(
+        name="baddbmm",
+        signature=_signature("input batch1 batch2 beta alpha", beta=1, alpha=1),
+        activations=("input", "batch1", "batch2"),
+        functions=(torch.baddbmm,),
+        methods=("baddbmm",),
+    ),
+    OpKind(
+        name="addmm",
+        signature=_signature("input mat1 mat2 beta alpha", beta=1, alpha=1),
+        activations=("input", "mat1", "mat2"),
+        functions=(torch.addmm,),
+        methods=("addmm",),
+    ),
+    OpKind(
+        name="einsum",
+        signature=_signature("equation operands"),
+        activations=("operands",),
+        functions=(torch.einsum,),
+    ),
+    OpKind(
+        name="scaled_dot_product_attention",
+        signature=_signature(
+            "query key value attn_mask dropout_p is_causal scale enable_gqa",
+            attn_mask=None,
+            dropout_p=0.0,
+            is_causal=False,
+            scale=None,
+            enable_gqa=False,
+        ),
+        activations=("query", "key", "value"),
+        functions=(F.scaled_dot_product_attention,),
+    ),
     # -- tables and recurrent networks ------------------------------------------------------------
     OpKind(
         name="embedding",
@@ -307,6 +360,39 @@ KINDS: tuple[OpKind, ...] = (
         modules={nn.RNNCell: _same("nonlinearity")},
         definition=True,
     ),
+    OpKind(
+        name="rnn",
+        signature=_signature("input hx", hx=None),
+        modules={nn.RNN: {}},
+        gives_floats=False,
+    ),
+    OpKind(
+        name="multihead_attention",
+        signature=_signature(
+            "query key value key_padding_mask need_weights attn_mask average_attn_weights"
+            " is_causal",
+            key_padding_mask=None,
+            need_weights=True,
+            attn_mask=None,
+            average_attn_weights=True,
+            is_causal=False,
+        ),
+        activations=("query", "key", "value"),
+        modules={nn.MultiheadAttention: {}},
+        gives_floats=False,
+    ),
+    OpKind(
+        name="transformer",
+        signature=_signature("src tgt", tgt=None),
+        activations=("src", "tgt"),
+        modules={
+            module: {}
+            for module in (
+                *(nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.Transformer),
+                *(nn.TransformerDecoderLayer, nn.TransformerDecoder),
+            )
+        },
+    ),
     # -- normalisation ----------------------------------------------------------------------------
     OpKind(
         name="batch_norm",
@@ -362,6 +448,13 @@ KINDS: tuple[OpKind, ...] = (
             nn.InstanceNorm3d: _same("eps"),
         },
     ),
+    OpKind(
+        name="rms_norm",
+        signature=_signature("input normalized_shape weight eps", weight=None, eps=None),
+        constants=("weight",),
+        functions=(F.rms_norm, torch.rms_norm),
+        modules={nn.RMSNorm: _same("normalized_shape", "eps")},
+    ),
     # -- arithmetic -------------------------------------------------------------------------------
     _arithmetic(
         "add",
@@ -404,6 +497,23 @@ KINDS: tuple[OpKind, ...] = (
         signature=_signature("tensors dim", dim=0),
         activations=("tensors",),
         functions=(torch.stack,),
+    ),
+    _arithmetic("maximum", (torch.maximum,), ("maximum",)),
+    _arithmetic("minimum", (torch.minimum,), ("minimum",)),
+    *(
+        _arithmetic(
+            name,
+            (getattr(operator, name), getattr(torch, name)),
+            (name,),
+            gives_floats=False,
+        )
+        for name in ("gt", "ge", "lt", "le", "eq", "ne")
+    ),
+    OpKind(
+        name="where",
+        signature=_signature("condition input other"),
+        activations=("input", "other"),
+        functions=(torch.where,),
     ),
     # -- activation functions ---------------------------------------------------------------------
     _unary(
@@ -466,6 +576,32 @@ KINDS: tuple[OpKind, ...] = (
         inplace=(F.elu_,),
         alpha=1.0,
     ),
+    _unary(
+        "celu",
+        (F.celu, torch.celu, torch.celu_),
+        nn.CELU,
+        extra="alpha inplace",
+        attributes=_same("alpha"),
+        inplace=(torch.celu_,),
+        alpha=1.0,
+    ),
+    _unary(
+        "selu",
+        (F.selu, torch.selu, torch.selu_),
+        nn.SELU,
+        extra="inplace",
+        inplace=(torch.selu_,),
+    ),
+    _unary(
+        "softplus",
+        (F.softplus,),
+        nn.Softplus,
+        extra="beta threshold",
+        attributes=_same("beta", "threshold"),
+        beta=1.0,
+        threshold=20.0,
+    ),
+    _unary("logsigmoid", (F.logsigmoid,), nn.LogSigmoid),
     _unary("hardswish", (F.hardswish,), nn.Hardswish, extra="inplace"),
     _unary("hardsigmoid", (F.hardsigmoid,), nn.Hardsigmoid, extra="inplace"),
     _unary("silu", (F.silu,), nn.SiLU, extra="inplace"),
@@ -501,11 +637,21 @@ KINDS: tuple[OpKind, ...] = (
         methods=("softmax",),
         dim=None,
     ),
+    _unary(
+        "log_softmax",
+        (F.log_softmax, torch.log_softmax),
+        nn.LogSoftmax,
+        extra="dim",
+        attributes=_same("dim"),
+        methods=("log_softmax",),
+        dim=None,
+    ),
     OpKind(
         name="prelu",
         signature=_signature("input weight"),
         constants=("weight",),
         functions=(F.prelu, torch.prelu),
+        methods=("prelu",),
         modules={nn.PReLU: {}},
     ),
     # -- pooling and resampling -------------------------------------------------------------------
@@ -533,6 +679,28 @@ KINDS: tuple[OpKind, ...] = (
         functions=(F.adaptive_avg_pool3d,),
         modules={nn.AdaptiveAvgPool3d: _same("output_size")},
     ),
+    *(
+        OpKind(
+            name=f"lp_pool{d}d",
+            signature=_signature(
+                "input norm_type kernel_size stride ceil_mode", stride=None, ceil_mode=False
+            ),
+            functions=(getattr(F, f"lp_pool{d}d"),),
+            modules={
+                getattr(nn, f"LPPool{d}d"): _same("norm_type", "kernel_size", "stride", "ceil_mode")
+            },
+        )
+        for d in (1, 2, 3)
+    ),
+    *(
+        OpKind(
+            name=f"adaptive_max_pool{d}d",
+            signature=_signature("input output_size return_indices", return_indices=False),
+            functions=(getattr(F, f"adaptive_max_pool{d}d"),),
+            modules={getattr(nn, f"AdaptiveMaxPool{d}d"): _same("output_size", "return_indices")},
+        )
+        for d in (1, 2, 3)
+    ),
     OpKind(
         name="interpolate",
         signature=_signature(
@@ -548,7 +716,11 @@ KINDS: tuple[OpKind, ...] = (
         modules={
             nn.Upsample: _same(
                 "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor"
-            )
+            ),
+            **{
+                module: _same("size", "scale_factor", "mode", "align_corners")
+                for module in (nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
+            },
         },
     ),
     OpKind(
@@ -556,6 +728,41 @@ KINDS: tuple[OpKind, ...] = (
         signature=_signature("input dim keepdim", dim=None, keepdim=False),
         functions=(torch.mean,),
         methods=("mean",),
+    ),
+    _unary("sum", (torch.sum,), extra="dim keepdim", methods=("sum",), dim=None, keepdim=False),
+    _unary("amax", (torch.amax,), extra="dim keepdim", methods=("amax",), dim=(), keepdim=False),
+    _unary("amin", (torch.amin,), extra="dim keepdim", methods=("amin",), dim=(), keepdim=False),
+    *(
+        _unary(
+            name,
+            (getattr(torch, name),),
+            extra="dim keepdim",
+            methods=(name,),
+            gives_floats=False,
+            dim=None,
+            keepdim=False,
+        )
+        for name in ("max", "min")
+    ),
+    _unary(
+        "topk",
+        (torch.topk,),
+        extra="k dim largest sorted",
+        methods=("topk",),
+        gives_floats=False,
+        dim=-1,
+        largest=True,
+        sorted=True,
+    ),
+    _unary(
+        "sort",
+        (torch.sort,),
+        extra="dim descending stable",
+        methods=("sort",),
+        gives_floats=False,
+        dim=-1,
+        descending=False,
+        stable=False,
     ),
     # -- moving values about ----------------------------------------------------------------------
     OpKind(
@@ -569,7 +776,9 @@ KINDS: tuple[OpKind, ...] = (
             nn.ConstantPad1d: {"pad": "padding", "value": "value"},
             nn.ConstantPad2d: {"pad": "padding", "value": "value"},
             nn.ConstantPad3d: {"pad": "padding", "value": "value"},
+            **{module: {"pad": "padding"} for module in _PADDING_MODULES},
         },
+        fixed={module: {"mode": mode} for module, mode in _PADDING_MODULES.items()},
     ),
     OpKind(
         name="flatten",
@@ -583,9 +792,9 @@ KINDS: tuple[OpKind, ...] = (
     _unary("permute", (torch.permute,), extra="dims", methods=("permute",), variadic=True),
     _unary(
         "transpose",
-        (torch.transpose, torch.swapaxes),
+        (torch.transpose, torch.swapaxes, torch.swapdims),
         extra="dim0 dim1",
-        methods=("transpose", "swapaxes"),
+        methods=("transpose", "swapaxes", "swapdims"),
     ),
     _unary("squeeze", (torch.squeeze,), extra="dim", methods=("squeeze",), dim=None),
     _unary("unsqueeze", (torch.unsqueeze,), extra="dim", methods=("unsqueeze",)),
@@ -609,6 +818,17 @@ KINDS: tuple[OpKind, ...] = (
         memory_format=torch.contiguous_format,
     ),
     _unary("detach", (torch.detach,), methods=("detach", "detach_"), inplace=("detach_",)),
+    _unary(
+        "unflatten",
+        (torch.unflatten,),
+        nn.Unflatten,
+        extra="dim sizes",
+        attributes={"dim": "dim", "sizes": "unflattened_size"},
+        methods=("unflatten",),
+    ),
+    _unary("expand", (), extra="sizes", methods=("expand",), variadic=True),
+    _unary("roll", (torch.roll,), extra="shifts dims", methods=("roll",), dims=None),
+    _unary("flip", (torch.flip,), extra="dims", methods=("flip",), variadic=True),
     _unary("repeat", (), extra="sizes", methods=("repeat",), variadic=True),
     _unary(
         "repeat_interleave",
@@ -673,7 +893,8 @@ KIND_BY_MODULE |= {made: KIND_BY_MODULE[plain] for plain, made in REFERENCE_BY_F
 COMPUTE_KINDS = frozenset(
     {f"conv{d}d" for d in (1, 2, 3)}
     | {f"conv_transpose{d}d" for d in (1, 2, 3)}
-    | {"linear", "bilinear", "matmul", "bmm"}
-    | {"lstm", "gru", "lstm_cell", "gru_cell", "rnn_cell"}
+    | {"linear", "bilinear", "matmul", "bmm", "baddbmm", "addmm", "einsum"}
+    | {"lstm", "gru", "rnn", "lstm_cell", "gru_cell", "rnn_cell"}
+    | {"scaled_dot_product_attention", "multihead_attention", "transformer"}
 )
 """The kinds whose multiply-accumulates are counted by :mod:`fxquant.audit`."""

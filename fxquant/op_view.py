@@ -165,6 +165,7 @@ def op_of(gm: fx.GraphModule, node: fx.Node) -> Op | None:
                 bound[parameter] = default
         for parameter, attribute_name in attributes.items():
             bound.setdefault(parameter, getattr(module, attribute_name))
+        bound.update(kind.fixed.get(type(module), {}))
         if "inplace" in bound:
             bound["inplace"] = bool(getattr(module, "inplace", False))
     elif any(bound.get(name, REQUIRED) is REQUIRED for name, _ in kind.signature):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -216,6 +217,34 @@ def pack_float16_cell(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) ->
     )
 
 
+LOOKED_UP: Final[Mapping[str, Callable[..., Tensor]]] = {
+    "elu": F.elu,
+    "celu": F.celu,
+    "selu": F.selu,
+    "mish": F.mish,
+    "softplus": F.softplus,
+    "logsigmoid": F.logsigmoid,
+    "tanh": torch.tanh,
+}
+"""Kind -> its function, of a float64 tensor and the further parameters in order."""
+
+
+def pack_lookup(
+    scale: Tensor,
+    zero_point: Tensor,
+    output_scale: Tensor,
+    output_zero_point: Tensor,
+    kind: str,
+    options: list[float],
+    quant_min: int,
+    quant_max: int,
+) -> Tensor:
+    """The 256 results of an element-wise function on integers, by its definition in float64."""
+    values = (torch.arange(256) - zero_point).to(torch.float64) * scale.to(torch.float64)
+    exact = LOOKED_UP[kind](values, *options) / output_scale.to(torch.float64) + output_zero_point
+    return exact.round().clamp(quant_min, quant_max).to(torch.uint8)
+
+
 @dataclass(frozen=True, slots=True)
 class Packer:
     """A function from plain tensors and options to a packed object.
@@ -242,6 +271,7 @@ PACKERS: dict[str, Packer] = {
     "table": Packer(pack_table, 3),
     "onednn-conv": Packer(pack_onednn_conv, 2),
     "onednn-linear": Packer(pack_onednn_linear, 1, scale=None),
+    "lookup": Packer(pack_lookup, 4, scale=None),
     "vector": Packer(as_vector, 1, scale=None),
 }
 """Packers by name."""

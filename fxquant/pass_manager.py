@@ -30,6 +30,7 @@ class Fact(Enum):
     SHUFFLES_RECOGNIZED = "channel shuffles that are spelt out are one op"
     BATCH_NORM_FOLDED = "batch-norms that can be folded are folded"
     SCALES_FOLDED = "constant factors that can be folded into weights are folded"
+    PADDING_SEPARATED = "convolutions pad with zeros only"
     FUSED = "fused patterns are marked"
     QCONFIGS = "every op has its qconfig"
     ANNOTATED = "every op has its specs or a reason"

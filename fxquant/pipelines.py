@@ -36,6 +36,7 @@ from fxquant.passes.recognize_channel_shuffle import RecognizeChannelShuffle
 from fxquant.passes.remove_identities import WITHOUT_GRADIENT, RemoveIdentities
 from fxquant.passes.round_biases import RoundBiases
 from fxquant.passes.round_joined import RoundJoined
+from fxquant.passes.separate_padding import SeparatePadding
 from fxquant.passes.share_parameters import ShareParameters
 from fxquant.passes.take_pieces import TakePieces
 from fxquant.passes.tell_unhonoured import TellUnhonoured
@@ -98,6 +99,7 @@ def prepare_pipeline(
             RemoveIdentities(),  # dropout and identity would stand between pattern members
             TakePieces(),  # specs are about ops with one result
             RecognizeChannelShuffle(),  # four ops on int8 values take five times as long as one
+            SeparatePadding(),  # int8 convolutions pad with zeros only
             FoldBatchNorm(),  # weights must be final before they are observed
             FoldChannelScale(),  # a product with a constant has no int8 kernel
             FusePatterns(),  # values inside a pattern are not observed
@@ -134,6 +136,7 @@ def qat_prepare_pipeline(
             RemoveIdentities(WITHOUT_GRADIENT),  # they would stand between pattern members
             TakePieces(),  # specs are about ops with one result
             RecognizeChannelShuffle(),  # four ops on int8 values take five times as long as one
+            SeparatePadding(),  # int8 convolutions pad with zeros only
             FuseQat(),  # batch-norms train with the weight they will be folded into
             FusePatterns(QAT_FUSION_PATTERNS),  # values inside a pattern are not rounded
             Annotate(),  # specs from qconfig and op table

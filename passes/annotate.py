@@ -125,12 +125,12 @@ def _plan(
             add_reason(node, f"no qconfig: {record.rule}")
         return None
     op = op_of(gm, node)
-    row = context.target.row_of(op) if op is not None else None
+    row = context.target.row_of(op) if op is not None else _float_row(gm, node, context.target)
+    if row is not None and row.role is Role.FLOAT:
+        add_reason(node, row.reason)
+        return None
     if op is None or row is None:
         _without_row(gm, node, record.qconfig, context)
-        return None
-    if row.role is Role.FLOAT:
-        add_reason(node, row.reason)
         return None
     reason = (
         row.refusal(op)
@@ -148,6 +148,13 @@ def _plan(
         _warn_unhonoured(node, op, reason, context)
         return None
     return _specs(node, op, row, record.qconfig, context)
+
+
+def _float_row(gm: QuantGraphModule, node: fx.Node, target: Target) -> Row | None:
+    """The row of an op that is in FP32 by design, however it is called."""
+    kind = kind_of(gm, node)
+    row = None if kind is None else target.row(kind.name)
+    return row if row is not None and row.role is Role.FLOAT else None
 
 
 def _without_row(

@@ -18,6 +18,7 @@ from fxquant.operators import DEQUANTIZE, QUANTIZE
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult, Refusal
 from fxquant.patterns.aliasing import Aliasing
 from fxquant.rewriter import GraphRewriter
+from fxquant.targets.emit_elementwise import emit_lookup
 from fxquant.targets.x86_kernels import EMITTERS
 
 
@@ -52,7 +53,8 @@ class Lower(Pass):
                 continue
             row = context.target.row_of(site.op)
             refusal = None if row is None else row.kernel_refusal(site.op)
-            reason = refusal or EMITTERS[site.op.name](site)
+            looked_up = row is not None and row.looked_up
+            reason = refusal or (emit_lookup if looked_up else EMITTERS[site.op.name])(site)
             if reason is not None:
                 add_reason(site.op.node, f"not lowered: {reason}")
                 refusals.append(Refusal(node=site.op.node.name, reason=reason))

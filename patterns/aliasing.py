@@ -17,6 +17,7 @@ _VIEWS = frozenset(
         "contiguous",
         "detach",
         "dropout",
+        "expand",
         "flatten",
         "identity",
         "narrow",
@@ -31,6 +32,7 @@ _VIEWS = frozenset(
         "stochastic_depth",
         "tensor_split",
         "transpose",
+        "unflatten",
         "unsqueeze",
         "view",
     }

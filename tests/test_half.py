@@ -390,10 +390,6 @@ def test_the_callers_model_is_untouched(x: Tensor) -> None:
     ("make", "why"),
     [
         (
-            lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"),
-            "padding_mode='reflect' is not part of the function",
-        ),
-        (
             lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1)),
             "runs no 'ParametrizedConv2d' in bfloat16",
         ),

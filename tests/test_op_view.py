@@ -222,7 +222,8 @@ def test_an_argument_that_asks_for_nothing_binds() -> None:
 
 
 @pytest.mark.parametrize(
-    "function", [lambda x, y: torch.exp(x), lambda x, y: x.cos(), nn.CELU(), lambda x, y: x.shape]
+    "function",
+    [lambda x, y: torch.exp(x), lambda x, y: x.cos(), nn.Softsign(), lambda x, y: x.shape],
 )
 def test_what_the_catalogue_does_not_know(function: Function) -> None:
     gm, node = last_op(function)
@@ -358,6 +359,22 @@ MADE: dict[type[nn.Module], tuple[Any, ...]] = {
     nn.Embedding: (4, 4),
     nn.EmbeddingBag: (4, 4),
     nn.LSTM: (4, 4),
+    nn.RNN: (4, 4),
+    nn.RMSNorm: (4,),
+    nn.Unflatten: (1, (2, 2)),
+    nn.MultiheadAttention: (4, 2),
+    nn.Transformer: (4, 2, 1, 1, 8, 0.1, F.relu, None, None, 1e-5, True),
+    nn.TransformerEncoderLayer: (4, 2),
+    nn.TransformerDecoderLayer: (4, 2),
+    nn.TransformerEncoder: (nn.TransformerEncoderLayer(4, 2, batch_first=True), 1),
+    nn.TransformerDecoder: (nn.TransformerDecoderLayer(4, 2), 1),
+    **{getattr(nn, f"LPPool{d}d"): (2, 2) for d in (1, 2, 3)},
+    **{getattr(nn, f"AdaptiveMaxPool{d}d"): (2,) for d in (1, 2, 3)},
+    **{
+        getattr(nn, f"{name}Pad{d}d"): (1,)
+        for name in ("Reflection", "Replication", "Circular")
+        for d in (1, 2, 3)
+    },
     nn.GRU: (4, 4),
     nn.LSTMCell: (4, 4),
     nn.GRUCell: (4, 4),
@@ -390,7 +407,8 @@ def test_every_module_of_the_catalogue_binds(module: type[nn.Module]) -> None:
         assert type(made) is module
     graph = fx.Graph()
     x = graph.placeholder("x")
-    inputs = (x, x) if module is nn.Bilinear else (x,)
+    several = {nn.Bilinear: 2, nn.MultiheadAttention: 3}
+    inputs = (x,) * several.get(module, 1)
     node = graph.call_module("m", inputs)
     graph.output(node)
     root = nn.Module()

@@ -17,7 +17,7 @@ from fxquant.op_view import Form, Op
 from fxquant.qconfig import QConfig, spec_of
 from fxquant.targets.allow_list import restrict
 from fxquant.targets.compat_config import compat_backend_config
-from fxquant.targets.guards import surely_floats, zero_padding_mode
+from fxquant.targets.guards import instance_statistics, surely_floats, zero_padding_mode
 from fxquant.targets.table import OutputPolicy, Role, Row, Target
 from fxquant.targets.x86 import X86
 
@@ -75,20 +75,12 @@ def _shares(kind: str, kernel: str = "") -> Row:
     )
 
 
-def _instance_statistics(op: Op) -> str | None:
-    if op.constant("running_mean") is not None:
-        return (
-            "the int8 kernel normalizes by the instance's own statistics, this one by stored ones"
-        )
-    return None
-
-
 _MORE: tuple[Row, ...] = (
     _unary("elu", "quantized::elu"),
     _unary("hardswish", "quantized::hardswish"),
     _unary("prelu", "float, between dequantize and quantize"),
     _unary("dropout", "nothing in evaluation"),
-    _unary("instance_norm", "quantized::instance_norm", _instance_statistics),
+    _unary("instance_norm", "quantized::instance_norm", instance_statistics),
     _unary("group_norm", "quantized::group_norm"),
     _unary("layer_norm", "quantized::layer_norm"),
     _unary("hardsigmoid", "aten::hardsigmoid on int8"),

@@ -11,10 +11,12 @@ from torch import fx
 
 from fxquant.clamps import bounds_of
 from fxquant.engine_free import add, add_relu
+from fxquant.kernels import lookup
 from fxquant.lowering import Lowering, Site
 from fxquant.metadata import shape_of
 from fxquant.op_view import Op
 from fxquant.targets.emit_common import (
+    BYTES,
     FLOAT_INPUT,
     QUANTIZED,
     WRITES_INTEGERS,
@@ -66,6 +68,33 @@ def _is_broadcast(op: Op) -> bool:
 def emit_matmul(site: Site) -> str | None:
     """``matmul`` of two int8 tensors."""
     return _emit_plain(site, torch.ops.quantized.matmul.default, "quantized::matmul")
+
+
+def emit_lookup(site: Site) -> str | None:
+    """An element-wise function of 256 integers, looked up."""
+    inputs = site.inputs()
+    if inputs is None:
+        return FLOAT_INPUT
+    if site.quantize is None:
+        return WRITES_INTEGERS
+    lowering, x = site.lowering, inputs[0]
+    if not isinstance(x.scale, str) or not isinstance(x.zero_point, str):
+        return "the scale of its input is known at run time only, and its table is made before"
+    options = [
+        value
+        for name, value in site.op.arguments.items()
+        if name not in (*site.op.kind.activations, "inplace")
+    ]
+    _, scale, zero_point, low, high, *_ = site.quantize.args
+    assert isinstance(scale, fx.Node) and isinstance(zero_point, fx.Node)
+    names = (x.scale, x.zero_point, str(scale.target), str(zero_point.target))
+    buffers = [lowering.rewriter.get_attr(n, before=site.last, like=site.last) for n in names]
+    made = (*buffers, site.op.name, options, low, high)
+    table = lowering.pack("lookup", made, at=site.last)
+    source = lowering.held_as(x, BYTES, at=site.last)
+    node = lowering.emit(site, lookup, (source, table), f"lookup of {site.op.name}")
+    finish(site, node, BYTES)
+    return None
 
 
 def emit_leaky_relu(site: Site) -> str | None:

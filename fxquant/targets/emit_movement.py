@@ -82,19 +82,38 @@ def _same_parameters(lowering: Lowering, values: tuple[IntValue, ...]) -> bool:
 
 
 def emit_pad(site: Site) -> str | None:
-    """Zero padding of bytes: zero is the zero point, exactly."""
+    """Padding of bytes: zero is the zero point, exactly, and the other modes copy values."""
     inputs = site.inputs()
     if inputs is None:
         return FLOAT_INPUT
     source = site.lowering.held_as(inputs[0], BYTES, at=site.last)
-    node = site.lowering.emit(
-        site,
-        torch.constant_pad_nd,
-        (source, site.op.arguments["pad"], inputs[0].bound_zero_point),
-        "aten::constant_pad_nd on bytes",
-    )
+    pad, mode = site.op.arguments["pad"], site.op.arguments["mode"]
+    if mode == "constant":
+        args = (source, pad, inputs[0].bound_zero_point)
+        kernel = "aten::constant_pad_nd on bytes"
+        node = site.lowering.emit(site, torch.constant_pad_nd, args, kernel)
+    else:
+        node = site.lowering.emit(site, F.pad, (source, pad, mode), f"aten::pad[{mode}] on bytes")
     site.lowering.result(site, node, BYTES)
     return None
+
+
+def emit_extremes(function: Callable[..., Any]) -> Emitter:
+    """``maximum`` and ``minimum`` of bytes that have the same parameters."""
+
+    def emit(site: Site) -> str | None:
+        inputs = site.inputs()
+        if inputs is None or len(inputs) != 2:
+            return FLOAT_INPUT
+        if not _same_parameters(site.lowering, inputs):
+            return "its operands have different scales"
+        sources = [site.lowering.held_as(x, BYTES, at=site.last) for x in inputs]
+        kernel = f"aten::{site.op.name} on bytes"
+        node = site.lowering.emit(site, function, tuple(sources), kernel)
+        site.lowering.result(site, node, BYTES)
+        return None
+
+    return emit
 
 
 def emit_clamp(site: Site) -> str | None:
@@ -114,6 +133,11 @@ def emit_clamp(site: Site) -> str | None:
 def view_of(x: torch.Tensor, shape: Any) -> torch.Tensor:
     """``x.reshape(shape)`` as a function; ``x.view(y.shape)`` arrives as ``(y.shape,)``."""
     return x.reshape(*shape)
+
+
+def expanded(x: torch.Tensor, sizes: Any) -> torch.Tensor:
+    """``x.expand(sizes)`` as a function."""
+    return x.expand(*sizes)
 
 
 def permuted(x: torch.Tensor, dims: Any) -> torch.Tensor:

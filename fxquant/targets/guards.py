@@ -198,12 +198,18 @@ def no_indices(op: Op) -> str | None:
     return None
 
 
-def zero_constant_padding(op: Op) -> str | None:
-    """Padding with zeros fills in the zero point; anything else has no exact integer."""
+def constant_numbers(op: Op) -> str | None:
+    """Parameters of the function must be numbers: the table is made of them."""
+    for name, value in op.arguments.items():
+        if name not in op.kind.activations and not isinstance(value, (int, float)):
+            return f"{name} is computed in the graph; a table needs a number"
+    return None
+
+
+def exact_padding(op: Op) -> str | None:
+    """Zeros are the zero point, and copies of values are exact; another constant has no integer."""
     mode, value = op.arguments.get("mode", "constant"), op.arguments.get("value")
-    if mode != "constant":
-        return f"mode={mode!r}: int8 tensors can be padded with a constant only"
-    if value not in (None, 0, 0.0):
+    if mode == "constant" and value not in (None, 0, 0.0):
         return f"value={value}: only zero has an exact integer under every scale"
     return None
 
@@ -218,6 +224,30 @@ def resizes_by_integers(op: Op) -> str | None:
         return "int8 resizing takes images (4-d tensors with known example shapes)"
     if op.arguments.get("antialias", False):
         return "antialias=True: no int8 kernel"
+    return None
+
+
+def instance_statistics(op: Op) -> str | None:
+    """An instance-norm that normalizes by stored statistics is another function."""
+    if op.constant("running_mean") is not None:
+        return (
+            "the int8 kernel normalizes by the instance's own statistics, this one by stored ones"
+        )
+    return None
+
+
+def known_batch(op: Op) -> str | None:
+    """The int8 norms take the channels for the second of at least three dimensions."""
+    shape = shape_of(op.activations[0])
+    needed = 3
+    if op.form is Form.MODULE and op.name == "instance_norm":
+        name = type(op.owner.get_submodule(str(op.node.target))).__name__
+        needed = int(name[-2]) + 2
+    if shape is None or len(shape) < needed:
+        return (
+            f"the int8 kernel takes at least {needed} dimensions, batch and channels first, with"
+            " known example shapes"
+        )
     return None
 
 

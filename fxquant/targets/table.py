@@ -72,6 +72,8 @@ class Row:
         weight_only: the kernel for an integer weight and float activations, likewise.
         static: the op takes activations that were quantized by calibrated parameters.
         output: when the output is quantized.
+        looked_up: the kernel looks results up among 256 integers: an element-wise function of one
+            tensor and of numbers.
         worth_alone: a sharing op that pays in int8 even where nobody reads integers after it.
         epilogues: activation kind -> how it is run when fused behind this op.
         guards: each gives a reason to leave this call in FP32, or ``None``.
@@ -94,6 +96,7 @@ class Row:
     weight_only: str = ""
     static: bool = True
     output: OutputPolicy = OutputPolicy.DEMANDED
+    looked_up: bool = False
     worth_alone: bool = False
     epilogues: Mapping[str, Epilogue] = field(default_factory=dict)
     guards: tuple[Callable[[Op], str | None], ...] = ()

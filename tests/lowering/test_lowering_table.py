@@ -67,7 +67,12 @@ def _conv_row(rank: int, module: type[nn.Module], *, transposed: bool = False) -
 
 
 INDICES = frozenset(
-    {str(F.max_pool1d_with_indices), str(F.max_pool2d_with_indices)}  # no int8 kernel
+    {
+        str(function)  # no int8 kernel
+        for function in (
+            *(F.max_pool1d_with_indices, F.max_pool2d_with_indices, F.max_pool3d_with_indices),
+        )
+    }
 )
 MM = frozenset({str(torch.mm), "mm"})  # takes matrices
 
@@ -85,6 +90,39 @@ ROWS: dict[str, Row] = {
         constants=((9, 12), (9,)),
     ),
     "matmul": Row(shape=(8, 11, 11), other=(8, 5, 5), binary=True, skip=MM),
+    "bmm": Row(shape=(12, 12), other=(12, 12), binary=True),
+    "group_norm": Row(
+        arguments=((2,), (4, None, None, 1e-3)),
+        modules=(lambda: _scaled(nn.GroupNorm(2, 8)), lambda: nn.GroupNorm(4, 8, affine=False)),
+    ),
+    "instance_norm": Row(
+        modules=(
+            lambda: nn.InstanceNorm2d(8),
+            lambda: _scaled(nn.InstanceNorm2d(8, affine=True)),
+        ),
+    ),
+    "elu": Row(
+        arguments=((), (0.5,)), modules=(nn.ELU, lambda: nn.ELU(0.3, inplace=True)),
+    ),
+    "celu": Row(arguments=((), (0.5,)), modules=(nn.CELU, lambda: nn.CELU(0.3))),
+    "selu": Row(modules=(nn.SELU,)),
+    "mish": Row(modules=(nn.Mish, lambda: nn.Mish(inplace=True))),
+    "softplus": Row(arguments=((), (2.0, 1.0)), modules=(nn.Softplus, lambda: nn.Softplus(0.7))),
+    "logsigmoid": Row(modules=(nn.LogSigmoid,)),
+    "tanh": Row(modules=(nn.Tanh,), scale=3.0),
+    "maximum": Row(binary=True),
+    "minimum": Row(binary=True),
+    "amax": Row(arguments=(((2,), True), (2, True)), other=(8, 7, 12)),
+    "amin": Row(arguments=(((1, 2), True), (1, True)), other=(8, 7, 12)),
+    "roll": Row(arguments=(((1, -2), (2, 3)), (3, 1), (2, -1))),
+    "flip": Row(arguments=(((2, 3),), ((1,),))),
+    "repeat": Row(arguments=(((1, 2, 1, 1),), ((2, 1, 1, 2),)), other=(8, 7, 12)),
+    "repeat_interleave": Row(arguments=((2, 1), (3, -1))),
+    "unflatten": Row(
+        arguments=((1, (2, 4)), (-1, (3, -1))), modules=(lambda: nn.Unflatten(1, (4, 2)),),
+        other=(8, 7, 12),
+    ),
+    "expand": Row(arguments=(((-1, 8, 10, 12),), ((3, -1, 8, 10, 12),)), other=None),
     "batch_norm": Row(
         arguments=((),),
         modules=(lambda: _seen(nn.BatchNorm2d(8)),),
@@ -116,6 +154,13 @@ ROWS: dict[str, Row] = {
         modules=(lambda: nn.MaxPool2d(3, 2, 1), lambda: nn.MaxPool2d(2, ceil_mode=True)),
         shape=(8, 11, 13),
     ),
+    "max_pool3d": Row(
+        skip=INDICES,
+        arguments=((2,), (3, 2, 1), (2, 1, 0, 2), (3, 2, 1, 1, True)),
+        modules=(lambda: nn.MaxPool3d(3, 2, 1), lambda: nn.MaxPool3d(2, ceil_mode=True)),
+        shape=(8, 5, 6, 7),
+        other=(8, 6, 4, 5),
+    ),
     "avg_pool2d": Row(
         arguments=(
             (2,),
@@ -138,12 +183,18 @@ ROWS: dict[str, Row] = {
                    ((9, 9), None, "bilinear", True), (None, 1.3, "bilinear", None, True),
                    (None, 1.3, "bilinear", False, False)),
         modules=(lambda: nn.Upsample(scale_factor=2),
-                 lambda: nn.Upsample(scale_factor=2, mode="bilinear")),
+                 lambda: nn.Upsample(scale_factor=2, mode="bilinear"),
+                 lambda: nn.UpsamplingNearest2d(scale_factor=2),
+                 lambda: nn.UpsamplingBilinear2d(scale_factor=2)),
     ),
     "pad": Row(
         arguments=(((1, 2),), ((0, 1, 2, 0),), ((-1, 2, 1, -2), "constant"),
-                   ((1, 1, 1, 1), "constant", 0.0)),
-        modules=(lambda: nn.ZeroPad2d((1, 0, 2, 1)), lambda: nn.ConstantPad2d(2, 0.0)),
+                   ((1, 1, 1, 1), "constant", 0.0), ((1, 2, 3, 4), "reflect"),
+                   ((1, 2, 3, 4), "replicate"), ((1, 2, 3, 4), "circular"),
+                   ((1, 1, 2, 2, 3, 3), "replicate")),
+        modules=(lambda: nn.ZeroPad2d((1, 0, 2, 1)), lambda: nn.ConstantPad2d(2, 0.0),
+                 lambda: nn.ReflectionPad2d((1, 0, 2, 1)), lambda: nn.ReplicationPad2d(1),
+                 lambda: nn.CircularPad2d((0, 1, 2, 3)), lambda: nn.ReplicationPad3d(1)),
     ),
     "cat": Row(arguments=((1,), (-1,), (0,)), listed=True),
     "stack": Row(arguments=((1,), (2,), (-1,)), listed=True, shape=(8, 17), other=(8, 5)),
@@ -186,6 +237,12 @@ ROWS: dict[str, Row] = {
 }  # fmt: skip
 
 
+def _scaled(norm: nn.Module) -> nn.Module:
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    return norm
+
+
 def _seen(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
     for tensor in (norm.weight, norm.bias, norm.running_mean):
         nn.init.normal_(tensor)
@@ -218,7 +275,8 @@ class Sandwich(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.pool(self.stem(x), 1)
         if self.row.binary:
-            y = self.call(y, self.pool(self.stem2(x), 1))
+            given = (y, self.pool(self.stem2(x), 1))
+            y = self.call(*given) if self.module is None else self.call(*given, self.module)
         elif self.row.listed:
             y = self.call([y, self.pool(self.stem2(x), 1)])
         elif self.module is not None:
@@ -284,27 +342,157 @@ def test_row(lower: Lower, kind: str, spelling: tuple[str, Any, tuple[Any, ...]]
     case.check(2 * torch.randn(5, 3, *(row.other or row.shape)[1:]))
 
 
-FLOAT: dict[str, Callable[[Tensor], Tensor]] = {
-    "mean": lambda x: x.mean((2, 3), keepdim=True),
-    "adaptive_avg_pool1d": lambda x: F.adaptive_avg_pool1d(x.flatten(2), 4).unsqueeze(3),
-    "adaptive_avg_pool2d": lambda x: F.adaptive_avg_pool2d(x, (2, 3)),
-    "adaptive_avg_pool3d": lambda x: F.adaptive_avg_pool3d(x.unsqueeze(4), (2, 3, 1)).squeeze(4),
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "hardswish": F.hardswish,
-    "hardsigmoid": F.hardsigmoid,
+@dataclass(frozen=True, kw_only=True)
+class Float:
+    """How to call the ops of one kind that is in FP32 by design.
+
+    Attributes:
+        call: ``(op, y, z)`` -> a float tensor of four dimensions.
+        modules: variants of the module form.
+        row: shapes.
+    """
+
+    call: Callable[[Callable[..., Any], Tensor, Tensor], Tensor] = lambda op, y, z: op(y)
+    modules: tuple[Callable[[], nn.Module], ...] = ()
+    row: Row = Row(binary=True)
+
+
+_COMPARED = Float(call=lambda op, y, z: torch.where(op(y, z), y, z))
+_VALUES = Float(call=lambda op, y, z: op(y, 3)[0])
+_SEQUENCE = Row(binary=True, shape=(8, 12), other=(8, 12))
+_VOLUME = Row(binary=True, shape=(8, 5, 6, 7), other=(8, 6, 4, 5))
+_LINE = Row(binary=True, shape=(8, 17), other=(8, 30))
+
+FLOAT: dict[str, Float] = {
+    "mean": Float(call=lambda op, y, z: op(y, (2, 3), keepdim=True)),
+    "sum": Float(call=lambda op, y, z: op(y, (2, 3), keepdim=True)),
+    "max": Float(call=lambda op, y, z: op(y, 2, keepdim=True)[0]),
+    "min": Float(call=lambda op, y, z: op(y, 2, keepdim=True)[0]),
+    "topk": _VALUES,
+    "sort": Float(call=lambda op, y, z: op(y)[0]),
+    **dict.fromkeys(("gt", "ge", "lt", "le", "eq", "ne"), _COMPARED),
+    "where": Float(call=lambda op, y, z: op(y > 0, y, z)),
+    "sub": Float(call=lambda op, y, z: op(y, z)),
+    "div": Float(call=lambda op, y, z: op(y, 2.5)),
+    "baddbmm": Float(
+        call=lambda op, y, z: op(y, z, y), row=Row(binary=True, shape=(12, 12), other=(12, 12))
+    ),
+    "addmm": Float(
+        call=lambda op, y, z: torch.stack([op(y[0, 0], z[0, 0], y[0, 1])[None]]),
+        row=Row(binary=True, shape=(8, 11, 11), other=(8, 5, 5)),
+    ),
+    "einsum": Float(
+        call=lambda op, y, z: op("bchw,bcvw->bchv", y, z), row=Row(binary=True, other=None)
+    ),
+    "bilinear": Float(
+        call=lambda op, y, z: op(y, z, torch.ones(5, 12, 12)),
+        row=Row(binary=True, other=(8, 3, 12)),
+        modules=(lambda: nn.Bilinear(12, 12, 5),),
+    ),
+    "scaled_dot_product_attention": Float(
+        call=lambda op, y, z: op(y, z, z), row=Row(binary=True, other=(8, 3, 12))
+    ),
+    "multihead_attention": Float(row=_SEQUENCE),
+    "transformer": Float(row=_SEQUENCE),
+    "rnn": Float(row=_SEQUENCE, modules=(lambda: nn.RNN(12, 7, batch_first=True),)),
+    "layer_norm": Float(
+        call=lambda op, y, z: op(y, (12,)),
+        row=Row(binary=True, other=(8, 3, 12)),
+        modules=(
+            lambda: _scaled(nn.LayerNorm(12)),
+            lambda: nn.LayerNorm(12, elementwise_affine=False),
+        ),
+    ),
+    "rms_norm": Float(
+        call=lambda op, y, z: op(y, (12,)),
+        row=Row(binary=True, other=(8, 3, 12)),
+        modules=(lambda: _scaled(nn.RMSNorm(12)), lambda: nn.RMSNorm(12, elementwise_affine=False)),
+    ),
+    "softmax": Float(call=lambda op, y, z: op(y, 1), modules=(lambda: nn.Softmax(1),)),
+    "log_softmax": Float(call=lambda op, y, z: op(y, 1), modules=(lambda: nn.LogSoftmax(1),)),
+    "prelu": Float(
+        call=lambda op, y, z: op(y, torch.tensor([0.2])),
+        modules=(nn.PReLU, lambda: _scaled(nn.PReLU(8))),
+    ),
+    "silu": Float(modules=(nn.SiLU,)),
+    "gelu": Float(modules=(nn.GELU, lambda: nn.GELU(approximate="tanh"))),
+    "sigmoid": Float(modules=(nn.Sigmoid,)),
+    "hardswish": Float(modules=(nn.Hardswish,)),
+    "hardsigmoid": Float(modules=(nn.Hardsigmoid,)),
+    "adaptive_avg_pool1d": Float(
+        call=lambda op, y, z: op(y, 4), row=_LINE, modules=(lambda: nn.AdaptiveAvgPool1d(4),)
+    ),
+    "adaptive_avg_pool2d": Float(
+        call=lambda op, y, z: op(y, (2, 3)), modules=(lambda: nn.AdaptiveAvgPool2d((2, 3)),)
+    ),
+    "adaptive_avg_pool3d": Float(
+        call=lambda op, y, z: op(y, 2), row=_VOLUME, modules=(lambda: nn.AdaptiveAvgPool3d(2),)
+    ),
+    "adaptive_max_pool1d": Float(
+        call=lambda op, y, z: op(y, 4), row=_LINE, modules=(lambda: nn.AdaptiveMaxPool1d(4),)
+    ),
+    "adaptive_max_pool2d": Float(
+        call=lambda op, y, z: op(y, (2, 3)), modules=(lambda: nn.AdaptiveMaxPool2d((2, 3)),)
+    ),
+    "adaptive_max_pool3d": Float(
+        call=lambda op, y, z: op(y, 2), row=_VOLUME, modules=(lambda: nn.AdaptiveMaxPool3d(2),)
+    ),
+    "avg_pool1d": Float(
+        call=lambda op, y, z: op(y, 2), row=_LINE, modules=(lambda: nn.AvgPool1d(3, 2, 1),)
+    ),
+    "lp_pool1d": Float(
+        call=lambda op, y, z: op(y, 2, 2), row=_LINE, modules=(lambda: nn.LPPool1d(2, 2),)
+    ),
+    "lp_pool2d": Float(call=lambda op, y, z: op(y, 2, 2), modules=(lambda: nn.LPPool2d(2, 2),)),
+    "lp_pool3d": Float(
+        call=lambda op, y, z: op(y, 2, 2), row=_VOLUME, modules=(lambda: nn.LPPool3d(2, 2),)
+    ),
 }
+
+TAKEN_APART = ("multihead_attention", "transformer")  # tests/test_attention.py
+
+
+def _float_spellings() -> list[Any]:
+    found = []
+    for kind, case in FLOAT.items():
+        entry = KIND_BY_NAME[kind]
+        for what in entry.functions:
+            shown = getattr(what, "__name__", str(what))
+            found.append(pytest.param(kind, what, None, id=f"{kind}-function-{shown}"))
+        for what in entry.methods:
+            found.append(pytest.param(kind, _method(what), None, id=f"{kind}-method-{what}"))
+        for index, make in enumerate(case.modules):
+            found.append(pytest.param(kind, None, make, id=f"{kind}-module-{index}"))
+    return found
+
+
+def _method(name: str) -> Callable[..., Any]:
+    return lambda x, *args, **kwargs: getattr(x, name)(*args, **kwargs)
 
 
 def test_every_float_row_has_a_case() -> None:
     assert {kind for kind, row in X86.rows.items() if row.role is Role.FLOAT} == set(FLOAT)
+    for kind, case in FLOAT.items():
+        if kind not in TAKEN_APART:
+            assert bool(case.modules) == bool(KIND_BY_NAME[kind].modules), kind
 
 
-@pytest.mark.parametrize("kind", FLOAT)
-def test_float_row(lower: Lower, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "what", "make"), _float_spellings())
+def test_float_row(
+    lower: Lower, kind: str, what: Callable[..., Any] | None, make: Callable[[], nn.Module] | None
+) -> None:
     """By design between a dequantize and a quantize; the op says with which measurement."""
-    model = Sandwich(FLOAT[kind], Row(), None)
-    case = lower(model, torch.randn(2, 3, 10, 12))
-    report = case.check(torch.randn(3, 3, 7, 9))
-    assert not any(kind in row.kind for row in report.rows), f"\n{report}"
-    assert X86.rows[kind].reason in case.reasons()
+    case = FLOAT[kind]
+
+    def call(y: Tensor, z: Tensor, module: nn.Module | None = None) -> Tensor:
+        if module is None:
+            assert what is not None
+            return case.call(what, y, z)
+        made = module(y, z) if kind == "bilinear" else module(y)
+        return made[0] if kind == "rnn" else made  # type: ignore[no-any-return]  # of a module
+
+    model = Sandwich(call, case.row, None if make is None else make())
+    lowered = lower(model, torch.randn(2, 3, *case.row.shape[1:]))
+    report = lowered.check(torch.randn(2, 3, *(case.row.other or case.row.shape)[1:]))
+    assert not any(kind in row.kind.split("+") for row in report.rows), f"\n{report}"
+    assert X86.rows[kind].reason in lowered.reasons()

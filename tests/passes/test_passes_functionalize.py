@@ -71,8 +71,8 @@ FORMS: dict[str, Function] = {
     "flag": lambda y: F.relu(y, inplace=True),
     "flag by position": lambda y: F.relu(y, True),
     "flag between others": lambda y: F.hardtanh(y, -0.5, 0.5, True),
-    "flag of a function unknown to the catalogue": lambda y: F.selu(y, inplace=True),
-    "the same by position": lambda y: F.selu(y, True),
+    "flag of a function unknown to the catalogue": lambda y: F.threshold(y, 0.1, 2.0, inplace=True),
+    "the same by position": lambda y: F.threshold(y, 0.1, 2.0, True),
     "function of torch unknown to the catalogue": torch.neg_,
     "function of nn.functional unknown to the catalogue": lambda y: F.threshold_(y, 0.1, 2.0),
     "method unknown to the catalogue": lambda y: y.masked_fill_(y > 0, 3.0),
@@ -80,7 +80,7 @@ FORMS: dict[str, Function] = {
     "product": lambda y: operator.imul(y, y),
     "method with operand": lambda y: y.add_(y, alpha=2),
     "module": nn.ReLU(inplace=True),
-    "module unknown to the catalogue": nn.SELU(inplace=True),
+    "module unknown to the catalogue": nn.Threshold(0.1, 2.0, inplace=True),
     "shape": lambda y: y.unsqueeze_(0),
     "the shape that it has": lambda y: y.resize_(2, 3),
 }
@@ -143,7 +143,9 @@ VIEWS: dict[str, Function] = {
     "view of a view": lambda y: y.view(-1).unsqueeze(0),
     "slice": lambda y: y[0],
     "transpose": lambda y: y.transpose(0, 1),
-    "unknown to the catalogue": lambda y: y.expand(2, 2, 3),
+    "more of it": lambda y: y.expand(2, 2, 3),
+    "two of one": lambda y: y.unflatten(1, (3, 1)),
+    "unknown to the catalogue": lambda y: y.expand_as(y),
     "one of several": lambda y: y.chunk(2)[0],
 }
 
