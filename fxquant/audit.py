@@ -448,6 +448,7 @@ def _conversions(gm: QuantGraphModule) -> dict[str, int]:
     names = {
         torch.quantize_per_tensor: "quantize",
         torch.dequantize: "dequantize",
+        "dequantize": "dequantize",
         as_bytes: "tensor to bytes",
         as_quantized: "bytes to tensor",
     }

@@ -59,6 +59,7 @@ APPROXIMATION: Final[Mapping[str, float]] = {
 _UNIT: Final[float] = 2.0**-24
 _FINISHING: Final = ("aten::clamp on int8", "aten::clamp on bytes", "interleave on bytes")
 _MADE_HERE: Final = (Lower.name, Prepack.name)
+_DEQUANTIZING: Final = (torch.dequantize, "dequantize")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -319,7 +320,7 @@ class _Region:
     def _evaluate(self, node: fx.Node) -> Any:
         if node.target is DEQUANTIZE:
             return self._dequantize(node)
-        if node.target is torch.dequantize and node.all_input_nodes[0].name in self.values:
+        if node.target in _DEQUANTIZING and node.all_input_nodes[0].name in self.values:
             return self._read(node.all_input_nodes[0].name)
         if node.name in self.values and node is not self.last:
             return self.values[node.name]
@@ -397,7 +398,7 @@ class _Region:
             if isinstance(bias, fx.Node):
                 self.addends += float(self.value(bias).abs().max())
             weight = op.arguments.get("weight")
-            if isinstance(weight, fx.Node) and weight.target is TO_DTYPE:
+            if isinstance(weight, fx.Node) and weight.target in (TO_DTYPE, "dequantize"):
                 self.addends += self._sum_of_magnitudes(op.activations[0], weight)
 
     def _sum_of_magnitudes(self, x: fx.Node, weight: fx.Node) -> float:
@@ -411,7 +412,7 @@ class _Region:
         if not isinstance(value, Tensor) or value.numel() == 0:
             return 0.0
         offset = 0.0
-        if node.target in (DEQUANTIZE, torch.dequantize):
+        if node.target in (DEQUANTIZE, *_DEQUANTIZING):
             source = node.all_input_nodes[0].name
             scale, zero_point = self.values.parameters.get(source) or tuple(
                 self.parameter(a) for a in node.args[1:3]

@@ -38,6 +38,7 @@ from fxquant.passes.round_biases import RoundBiases
 from fxquant.passes.round_joined import RoundJoined
 from fxquant.passes.separate_padding import SeparatePadding
 from fxquant.passes.share_parameters import ShareParameters
+from fxquant.passes.spell_as_torch import SpellAsTorch
 from fxquant.passes.take_pieces import TakePieces
 from fxquant.passes.tell_unhonoured import TellUnhonoured
 from fxquant.passes.to_reference import TorchNames, ToReference
@@ -328,6 +329,7 @@ def compat_reference_pipeline(
             # Nothing is cancelled behind it: callers count the steps.
             ToReference(names, keep_modules=keep_modules),
             ExchangeQuantized(),  # integers and floats in the graph, quantized tensors outside
+            *((SpellAsTorch(),) if keep_modules else ()),  # callers count the casts by name
         ),
         given=frozenset({Fact.OBSERVED}),
     )
@@ -352,6 +354,7 @@ def compat_lowering_pipeline() -> Pipeline:
             Lower(),  # kernels, in graph order
             Prepack(),  # weights packed once, not per call
             ExposeParameters(),  # callers look for them by name
+            SpellAsTorch(),  # and count the steps by name
         ),
         given=frozenset({Fact.REFERENCE, Fact.ABSORBED, Fact.CANCELLED}),
     )

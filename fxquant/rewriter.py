@@ -189,7 +189,8 @@ class GraphRewriter:
         self.changes += 1
 
     def retarget_method(self, node: fx.Node, method: str) -> None:
-        """Let ``node``, a method call, call another method with the same arguments."""
+        """Let ``node``, a call without a module, call a method with the same arguments."""
+        node.op = "call_method"
         node.target = method
         self.changes += 1
 

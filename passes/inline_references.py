@@ -15,6 +15,7 @@ from fxquant.metadata import record_of
 from fxquant.op_view import op_of
 from fxquant.operators import DEQUANTIZE, TO_DTYPE
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
+from fxquant.passes.spell_as_torch import DEQUANTIZING_METHOD, is_spelt_cast
 from fxquant.reference_modules import ReferenceModule, ReferenceRelu
 from fxquant.rewriter import GraphRewriter
 
@@ -23,7 +24,8 @@ from fxquant.rewriter import GraphRewriter
 class InlineReferences(Pass):
     """``self.conv(x) -> F.conv2d(x, dequantize(integers, ...), self.conv.bias)``.
 
-    What compares and writes graphs reads steps; callers of ``fxquant.compat`` look for modules.
+    What compares and writes graphs reads steps; callers of ``fxquant.compat`` look for modules, and
+    for the casts of :class:`SpellAsTorch`, which become casts by ``aten::to`` again.
     """
 
     name: ClassVar[str] = "inline-references"
@@ -37,7 +39,8 @@ class InlineReferences(Pass):
 def inlined(gm: QuantGraphModule) -> QuantGraphModule:
     """``gm``, or a copy of it without modules of :mod:`fxquant.reference_modules`."""
     calls = (gm.get_submodule(str(n.target)) for n in gm.graph.nodes if n.op == "call_module")
-    if not any(isinstance(module, (ReferenceModule, ReferenceRelu)) for module in calls):
+    has_modules = any(isinstance(module, (ReferenceModule, ReferenceRelu)) for module in calls)
+    if not has_modules and not any(map(is_spelt_cast, gm.graph.nodes)):
         return gm
     copied = derive(gm)
     _inline(copied)
@@ -47,6 +50,8 @@ def inlined(gm: QuantGraphModule) -> QuantGraphModule:
 def _inline(gm: QuantGraphModule) -> int:
     rewriter = GraphRewriter(gm, InlineReferences.name)
     for node in list(gm.graph.nodes):
+        if is_spelt_cast(node):
+            _inline_cast(rewriter, node)
         if node.op != "call_module":
             continue
         module = gm.get_submodule(str(node.target))
@@ -58,6 +63,13 @@ def _inline(gm: QuantGraphModule) -> int:
         if isinstance(module, ReferenceModule):
             _inline_one(rewriter, node, module)
     return rewriter.finish()
+
+
+def _inline_cast(rewriter: GraphRewriter, half: fx.Node) -> None:
+    for whole in list(half.users):
+        if whole.op == "call_method" and whole.target == DEQUANTIZING_METHOD:
+            rewriter.retarget(whole, TO_DTYPE, (half, torch.float32))
+    rewriter.retarget(half, TO_DTYPE, (half.args[0], torch.float16))
 
 
 def _put_relu_behind(rewriter: GraphRewriter, node: fx.Node) -> None:
