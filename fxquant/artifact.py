@@ -41,6 +41,7 @@ from fxquant.op_catalog import KIND_BY_FUNCTION, KIND_BY_METHOD
 from fxquant.op_view import attribute
 from fxquant.pass_manager import PassContext, run_pass
 from fxquant.passes.inline_modules import InlineModules
+from fxquant.passes.inline_references import inlined
 from fxquant.passes.to_reference import is_observer
 from fxquant.passes.train_weights import is_weight_path
 from fxquant.pipelines import lowering_pipeline
@@ -296,7 +297,7 @@ def inspect_header(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _graph_to_write(model: QuantGraphModule) -> tuple[tuple[EncodedNode, ...], QuantGraphModule]:
     if model.state.stage is Stage.LOWERED:
         return model.state.reference, model
-    copy = derive(model)
+    copy = derive(inlined(model))
     context = PassContext(target=target_named(model.state.target or "x86"))
     run_pass(InlineModules(), copy, context)
     return tuple(encode_graph(copy.graph)), copy

@@ -15,7 +15,7 @@ from fxquant.dataflow import reads_only_shape
 from fxquant.graph_module import WeightLimit
 from fxquant.kernels import as_bytes, as_quantized
 from fxquant.metadata import record_of, update_record
-from fxquant.op_view import Op, attribute
+from fxquant.op_view import Form, Op, attribute
 from fxquant.operators import DEQUANTIZE
 from fxquant.packing import PACKERS, scalar
 from fxquant.rewriter import GraphRewriter
@@ -226,7 +226,7 @@ class Lowering:
             share_group=record.share_group,
             reasons=reasons,
             scope=record.scope,
-            module=record.module,
+            module=str(site.op.node.target) if site.op.form is Form.MODULE else record.module,
         )
         return node
 

@@ -31,6 +31,7 @@ from tests.conformance.models import Calls, CallsTwo, conv, images, linear, live
 
 pytestmark = pytest.mark.peer
 
+SLOW = pytest.mark.slow
 X = images()
 ONES, ZEROS = (1, 1), (0, 0)
 
@@ -138,7 +139,10 @@ MAPPINGS: dict[str, Build] = {
 
 
 @pytest.mark.statement("S6.2a", "S6.1a")
-@pytest.mark.parametrize("mapping", MAPPINGS)
+@pytest.mark.parametrize(
+    "mapping",
+    [name if name != "by-type" else pytest.param(name, marks=SLOW) for name in MAPPINGS],
+)
 @pytest.mark.parametrize("case", NAMED)
 def test_scales_are_named_by_path_and_number(peers: Peers, case: str, mapping: str) -> None:
     made = []
@@ -381,7 +385,7 @@ EXACT: dict[str, tuple[nn.Module, Tensor]] = {
 
 
 @pytest.mark.statement("S6.4a", "S7.1a")
-@pytest.mark.parametrize("engine", ["x86", "fbgemm"])
+@pytest.mark.parametrize("engine", ["x86", pytest.param("fbgemm", marks=SLOW)])
 @pytest.mark.parametrize("case", EXACT)
 def test_reference_and_lowered_are_equal(peers: Peers, case: str, engine: str) -> None:
     """Where torch.ao's functional convolutions lack arguments, ours alone: docs/differences.md."""
