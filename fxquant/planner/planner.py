@@ -77,6 +77,7 @@ def plan_mixed_precision(
     bias_correction: bool = True,
     repeats: int = 15,
     repairs: int = 8,
+    measure_front: bool = False,
     seed: int = 0,
     cache: bool = True,
     progress: bool = True,
@@ -109,6 +110,8 @@ def plan_mixed_precision(
         bias_correction: see :func:`fxquant.prepare_fx`.
         repeats: how often each graph is timed.
         repairs: how many plans may be measured to repair, or to improve, the one that was found.
+        measure_front: measure the accuracy of every plan of the Pareto front (a dozen), not only of
+            those that were measured anyway.
         seed: of the strategy ``random``.
         cache: keep measured latencies in a file of this machine, in ``$FXQUANT_CACHE`` or the
             user's cache folder.
@@ -156,7 +159,10 @@ def plan_mixed_precision(
         )
         selection = Selection(network, priced, judge, limits, bound, repeats)
         search = _Search(network, priced, limits.objective, list(precisions), seed, tick)
-        return _plan(search, selection, name, repairs)
+        plan = _plan(search, selection, name, repairs, measure_front=measure_front)
+    if not plan.feasible:
+        _warn_of(plan)
+    return plan
 
 
 class _Search:
@@ -229,7 +235,9 @@ class _Search:
         return found
 
 
-def _plan(search: _Search, selection: Selection, name: str, repairs: int) -> Plan:
+def _plan(
+    search: _Search, selection: Selection, name: str, repairs: int, *, measure_front: bool
+) -> Plan:
     priced, budget = search.priced, selection.budget
     problem = priced.problem
     lowest = [n for n in (INT8, *search.precisions) if n != FP32]
@@ -241,7 +249,7 @@ def _plan(search: _Search, selection: Selection, name: str, repairs: int) -> Pla
     limits = _limits(selection, chosen)
     found = {**ends, "greedy": by_hand, "plan": final}
     figures = selection.timed(found)
-    plan = Plan(
+    return Plan(
         budget=budget,
         strategy=name if name != "min-cut" or can_cut(problem) else "min-cut (frontier search)",
         feasible=_keeps(selection, final, figures),
@@ -250,21 +258,24 @@ def _plan(search: _Search, selection: Selection, name: str, repairs: int) -> Pla
         models=figures,
         predicted={model: priced.costs(a) for model, a in found.items()},
         choices={model: priced.assignment(a).layers for model, a in found.items()},
-        front=_front(search, selection, [final]),
+        front=_front(search, selection, [final], measure=measure_front),
         gap=gap_to_exhaustive(problem, chosen, limits, budget.objective),
         bound=_bound(search, limits, budget.objective),
         repairs=words,
         history=tuple(_history(selection)),
         network=search.network,
     )
-    if not plan.feasible:
-        Diagnostics().warn(
-            f"no plan keeps to the budget ({budget}); the nearest one loses"
-            f" {figures['plan'].drop:.3g} points, takes {1e3 * (figures['plan'].latency or 0):.3g}"
-            f" ms and {figures['plan'].size:,} bytes. Allow more candidates, or a wider budget",
-            ConfigWarning,
-        )
-    return plan
+
+
+def _warn_of(plan: Plan) -> None:
+    mine = plan.models["plan"]
+    assert mine.latency is not None
+    Diagnostics().warn(
+        f"no plan keeps to the budget ({plan.budget}); the nearest one loses {mine.drop:.3g}"
+        f" points, takes {1e3 * mine.latency:.3g} ms and {mine.size:,} bytes. Allow more"
+        " candidates, or a wider budget",
+        ConfigWarning,
+    )
 
 
 def _limits(selection: Selection, chosen: Assignment) -> Limits:
@@ -312,7 +323,7 @@ def _layers(priced: Priced, final: Assignment) -> tuple[PlannedLayer, ...]:
 
 
 def _front(
-    search: _Search, selection: Selection, also: Sequence[Assignment]
+    search: _Search, selection: Selection, also: Sequence[Assignment], *, measure: bool
 ) -> tuple[FrontPoint, ...]:
     priced = search.priced
     every = [*pareto(priced.problem), *also]
@@ -321,7 +332,8 @@ def _front(
     points = []
     for assignment in sorted(kept, key=lambda a: priced.costs(a).latency):
         layers = priced.assignment(assignment).layers
-        measured = selection.known.get(tuple(sorted(layers.items())))
+        known = selection.known.get(tuple(sorted(layers.items())))
+        measured = selection.figures(assignment) if measure else known
         points.append(
             FrontPoint(layers=layers, predicted=priced.costs(assignment), measured=measured)
         )

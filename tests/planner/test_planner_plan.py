@@ -100,7 +100,7 @@ class Case:
 def case() -> Case:
     torch.manual_seed(0)
     model, data = Net().eval(), [torch.randn(16, 3, 12, 12)]
-    return Case(model, data, plan_of(model, data, cache=False))
+    return Case(model, data, plan_of(model, data, cache=False, measure_front=True))
 
 
 def test_the_fragile_layer_stays_in_fp32(case: Case) -> None:
@@ -277,6 +277,7 @@ def test_the_plan_prints(case: Case) -> None:
     assert {layer["name"]: layer["precision"] for layer in plain["layers"]} == plan.precisions
     assert "<table>" in plan._repr_html_()
     assert plan.front_table()
+    assert all(point.measured is not None for point in plan.front)
     costs = [point.predicted for point in plan.front]
     assert sorted(costs, key=lambda c: c.latency) == costs
 
