@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from fxquant.capture import capture
 from fxquant.compat import convert_fx, prepare_fx, prepare_qat_fx
 from fxquant.errors import Diagnostics
+from tests.conformance.harness import THEIRS, Peers, steps
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore")]
 
@@ -217,3 +218,36 @@ def test_words_of_the_error_for_transposed_convolutions() -> None:
     words = "Per channel weight observer is not supported yet for ConvTranspose{n}d."
     assert str(caught.value).startswith(words)
     assert "'_0' (ConvTranspose2d)" in str(caught.value)
+
+
+# -- weights with a zero point of their own -------------------------------------------------------
+
+AFFINE = tq.QConfig(
+    tq.MinMaxObserver.with_args(quant_min=0, quant_max=127),
+    tq.MinMaxObserver.with_args(dtype=torch.qint8),
+)
+LAYERS: dict[str, tuple[Any, Tensor]] = {
+    "linear": (
+        lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)),
+        X.reshape(-1, 8),
+    ),
+    "conv": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), X),
+    "depthwise": (lambda: nn.Conv2d(3, 3, 3, groups=3), X),
+    "pointwise": (lambda: nn.Conv2d(3, 16, 1), X),
+    "transposed": (lambda: nn.ConvTranspose2d(3, 4, 3), X),
+    "blocks": (lambda: nn.ConvTranspose2d(3, 3, 2, stride=2), X),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_weights_with_a_zero_point_are_quantized(case: str) -> None:
+    make, x = LAYERS[case]
+    model = nn.Sequential(make()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.3).add_(0.1)
+    done = Peers(THEIRS).compare(model, (x,), lambda names: {"": AFFINE}, quantizes=1)
+    assert steps(done.ours.lowered) == (1, 0, 1)
+    offsets = [b for n, b in done.ours.lowered.named_buffers() if n.endswith("weight_zero_point")]
+    assert offsets
+    assert all(bool(offset.any()) for offset in offsets)

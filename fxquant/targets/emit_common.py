@@ -17,7 +17,7 @@ from fxquant.engine_free import clamp
 from fxquant.graph_module import WeightLimit
 from fxquant.kernels import as_bytes
 from fxquant.lowering import Representation, Site, Weight
-from fxquant.metadata import add_reason
+from fxquant.metadata import add_reason, record_of
 from fxquant.op_view import Op, attribute
 from fxquant.pairing import KernelChoice
 from fxquant.targets.saturation import refusal
@@ -32,8 +32,22 @@ FLOAT_WEIGHT = "its weight is in floating point"
 WRITES_INTEGERS = "its result is read in floating point, and the kernel writes integers"
 
 
+def engines_for_weight(site: Site) -> tuple[str, ...]:
+    """The engines to choose from: oneDNN takes no weight with a zero point of its own."""
+    engines = site.lowering.engines
+    return engines if engines or not _has_zero_point(site) else ("fbgemm",)
+
+
+def _has_zero_point(site: Site) -> bool:
+    annotation = record_of(site.op.node).annotation
+    spec = None if annotation is None else annotation.weight
+    return spec is not None and not (spec.is_symmetric or spec.is_float)
+
+
 def refused(site: Site, weight: Weight, choice: KernelChoice) -> str | None:
     """Why the chosen kernel must not run with this weight, or ``None`` where it will."""
+    if choice.kernel not in ("fbgemm", "qnnpack") and _has_zero_point(site):
+        return f"the {choice.kernel} kernel takes no weight with a zero point"
     name = str(weight.integers.target)
     reason = refusal(choice, attribute(site.lowering.gm, name))
     if reason is None:

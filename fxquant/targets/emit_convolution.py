@@ -21,6 +21,7 @@ from fxquant.targets.emit_common import (
     WRITES_INTEGERS,
     clamp_epilogue,
     emit_float_head,
+    engines_for_weight,
     finish,
     finish_clamp,
     post_op,
@@ -74,7 +75,7 @@ def _emit_packed_convolution(
     lowering, op = site.lowering, site.op
     dimensions = int(op.name[-2])
     stride, padding, dilation, groups = geometry(op)
-    choice = packed_kernel(geometry_of(op), lowering.engines)
+    choice = packed_kernel(geometry_of(op), engines_for_weight(site))
     reason = refused(site, weight, choice)
     if reason is not None:
         return reason

@@ -19,6 +19,7 @@ from fxquant.targets.emit_common import (
     WRITES_INTEGERS,
     clamp_epilogue,
     emit_float_head,
+    engines_for_weight,
     finish,
     finish_clamp,
     post_op,
@@ -51,7 +52,7 @@ def emit_linear(site: Site) -> str | None:
 
 def _emit_packed_linear(site: Site, x: IntValue, weight: Weight, clamp: Op | None) -> str | None:
     lowering = site.lowering
-    choice = packed_kernel(geometry_of(site.op), lowering.engines)
+    choice = packed_kernel(geometry_of(site.op), engines_for_weight(site))
     reason = refused(site, weight, choice)
     if reason is not None:
         return reason

@@ -15,6 +15,7 @@ from fxquant.targets.emit_common import (
     WRITES_INTEGERS,
     clamp_epilogue,
     clamped,
+    engines_for_weight,
     finish,
     finish_clamp,
     refused,
@@ -33,7 +34,7 @@ def emit_convolution_transpose(site: Site) -> str | None:
         return FLOAT_WEIGHT
     if site.quantize is None:
         return WRITES_INTEGERS
-    choice = transposed_kernel(site.op, site.lowering.engines)
+    choice = transposed_kernel(site.op, engines_for_weight(site))
     reason = refused(site, weight, choice)
     if reason is not None:
         return reason
