@@ -100,6 +100,7 @@ _ROWS = {
     row.kind: replace(
         row,
         input_dtypes=_INTEGERS,
+        symmetric_weight=False,
         qconfig_guards=(_no_channels,) if row.kind.startswith("conv_transpose") else (),
     )
     for row in (*(_always(r) for r in X86.rows.values() if r.role is not Role.FLOAT), *_MORE)
