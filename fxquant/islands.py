@@ -18,7 +18,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import fx, nn
@@ -51,6 +51,7 @@ from fxquant.usage import (
 _WORK: Final = COMPUTE_KINDS | {"embedding", "embedding_bag"}
 """Kinds for which a part is worth its conversions."""
 _LISTED: Final = 5
+_Module = TypeVar("_Module", bound=nn.Module)
 SWAPPED: Final = "model"
 """Where the user's model lies in a graph that only calls it."""
 
@@ -142,7 +143,7 @@ def _run(gm: QuantGraphModule, example_inputs: object) -> Mapping[str, Evidence]
     """How the modules in islands are used by a run; ``None`` where there is none."""
     if example_inputs is None:
         return None
-    scratch = copy.deepcopy(gm)
+    scratch = _scratch(gm)
     modules = {
         f"{path}.{name}" if name else path: module
         for path, _ in gm.state.islands
@@ -153,6 +154,11 @@ def _run(gm: QuantGraphModule, example_inputs: object) -> Mapping[str, Evidence]
         return watch(modules, lambda: scratch(*bound.args, **bound.kwargs))
     except Exception:  # noqa: BLE001  # record_shapes has told that the example inputs do not run
         return None
+
+
+def _scratch(module: _Module) -> _Module:
+    """A copy to run: with buffers and attributes of its own, and the same parameters."""
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in module.parameters()})
 
 
 # -- finding parts --------------------------------------------------------------------------------
@@ -518,7 +524,7 @@ def _fails(module: nn.Module, island: Island) -> str:
     args, kwargs = copy.deepcopy(island.arguments)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=()):
-            copy.deepcopy(module)(*args, **kwargs)
+            _scratch(module)(*args, **kwargs)
     except Exception as error:  # noqa: BLE001  # whatever the user's code raises
         text = str(error).strip().splitlines()
         return f"the island does not run with a graph there ({text[0] if text else type(error)})"

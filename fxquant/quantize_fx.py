@@ -315,6 +315,7 @@ def fuse_fx(
         TrainingModeError: a batch-norm would be folded while the model trains.
         CaptureError: the model cannot be traced.
     """
+    model = as_module(model, "fuse_fx")
     _check_module(model, "fuse_fx")
     diagnostics = Diagnostics(strict=strict)
     gm = capture(model, diagnostics, example_inputs, share=True)

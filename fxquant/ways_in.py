@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,11 +182,28 @@ def _exported(
     )
     try:
         copied = own_copy(model, share=True)
-        program = torch.export.export(copied, args, kwargs, dynamic_shapes=dynamic, strict=False)
+        with _quiet_torch():
+            program = torch.export.export(
+                copied, args, kwargs, dynamic_shapes=dynamic, strict=False
+            )
         return program.module()
     except Exception as error:  # noqa: BLE001  # torch.export raises many kinds
         text = str(error).strip().splitlines()
         return f" (torch.export, the other way in: {text[0] if text else type(error).__name__})"
+
+
+@contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """Keep torch.export from logging and printing what it finds wrong: our warning has a line."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    nowhere = io.StringIO()
+    try:
+        with warnings.catch_warnings(), redirect_stdout(nowhere), redirect_stderr(nowhere):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 def _free_sizes(value: object) -> Any:

@@ -8,6 +8,7 @@ import inspect
 import io
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -660,6 +661,130 @@ def test_an_island_that_is_called_twice() -> None:
     assert [row.name for row in report.rows].count("island_fc1") == 1
     assert {row.name: row.macs for row in report.rows}["island_fc1"] == 2 * 8 * 16 * 32
     assert sqnr(model(X), int8(X)) > 30
+
+
+# -- models that people have ----------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """A mixture of experts: every token goes to one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 4)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)) for _ in range(4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen, result = self.gate(x).argmax(-1), torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            mask = chosen == index
+            if mask.any():
+                result[mask] = expert(x[mask])
+        return result
+
+
+def test_a_mixture_of_experts() -> None:
+    model = net(Experts)
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(5))
+    gm, _ = prepared(model, None, (x,))
+    assert parts(gm) == ["island.gate", *(f"island.experts.{i}" for i in range(4))]
+    int8 = convert_fx(calibrate(gm, [(x,)]))
+    assert audit(int8).mac_coverage == 1.0
+    alike = (model(x) - int8(x)).abs().amax(-1) < 0.1  # but where the gate is close to a tie
+    assert float(alike.float().mean()) > 0.9
+    assert int8(x[:3]).shape == (3, 4)  # no number of tokens is baked in
+
+
+class Greedy(nn.Module):
+    """A decoder that feeds on its own output until it stops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 16)
+        self.cell = nn.GRUCell(16, 16)
+        self.out = nn.Linear(16, 20)
+
+    def forward(self, state: Tensor) -> Tensor:
+        token = torch.zeros(state.shape[0], dtype=torch.long)
+        results = []
+        for _ in range(6):
+            state = self.cell(self.table(token), state)
+            results.append(self.out(state))
+            token = results[-1].argmax(-1)
+            if (token == 3).all():
+                break
+        return torch.stack(results, 1)
+
+
+class Packs(nn.Module):
+    """A packed sequence: the lengths are values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(16, 16, batch_first=True)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths.tolist(), batch_first=True)
+        return nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True)[0]
+
+
+def test_recurrent_networks() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), Greedy()).eval()
+    with pytest.warns(CaptureWarning, match="opaque island"):
+        int8 = quantize_dynamic(model, example_inputs=(X,))
+    calls = audit(int8).int8_calls
+    assert calls["quantized::quantized_gru_cell_dynamic"] == 6
+    assert calls["quantized::linear_dynamic"] == 1 + 6
+    assert audit(int8).confirmed
+    packs, inputs = Packs().eval(), (X[None].repeat(3, 1, 1), torch.tensor([8, 5, 2]))
+    with pytest.warns(CaptureWarning, match="the model"):
+        int8 = quantize_dynamic(packs, example_inputs=inputs)
+    report = audit(int8, inputs)
+    assert report.confirmed
+    assert report.int8_calls == {"aten::quantized_lstm": 1}
+    assert sqnr(packs(*inputs), int8(*inputs)) > 30
+
+
+@dataclass
+class Output:
+    y: Tensor
+    count: int
+
+
+class Structured(nn.Module):
+    """A result that no graph can hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Output:
+        y = self.fc(x)
+        return Output(y, int((y > 0).sum()))
+
+
+class TakesStructure(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Structured()
+        self.last = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).y)
+
+
+def test_results_that_are_no_tensors() -> None:
+    torch.manual_seed(0)
+    model = TakesStructure().eval()
+    gm, _ = prepared(model)
+    int8 = convert_fx(calibrate(gm, [(X,)]))
+    assert audit(int8).mac_coverage == 1.0
+    assert sqnr(model(X), int8(X)) > 30
+    file = io.BytesIO()
+    torch.save(int8, file)
 
 
 # -- what is no Python ----------------------------------------------------------------------------
