@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Final
 
@@ -105,17 +105,30 @@ def checked(model: object, caller: str) -> QuantGraphModule:
 
 
 def rows_of(gm: QuantGraphModule) -> tuple[OpRow, ...]:
-    """One row for every op of the float graph, in its order; an island before what is in it."""
+    """One row for every op of the float graph, in its order; an island before what is in it.
+
+    What is in a standalone module has the module's path before its names.
+    """
     reader = _Reader(gm)
     rows: list[OpRow] = []
     listed: set[int] = set()
     for entry in gm.state.ledger:
         rows.append(reader.row(entry))
-        for part in reader.parts(entry):
+        for prefix, part in reader.parts(entry):
             if id(part) not in listed:  # once, however often the island is called
                 listed.add(id(part))
-                rows += rows_of(part)
+                rows += [_below(prefix, row) for row in rows_of(part)] if prefix else rows_of(part)
     return tuple(rows)
+
+
+def _below(path: str, row: OpRow) -> OpRow:
+    """``row`` of a graph of its own, as one of the graph that calls it at ``path``."""
+    return replace(
+        row,
+        name=f"{path}.{row.name}",
+        path=f"{path}.{row.path}" if row.path else path,
+        carried_by=f"{path}.{row.carried_by}" if row.carried_by else "",
+    )
 
 
 class _Reader:
@@ -194,13 +207,19 @@ class _Reader:
             notes=record.reasons,
         )
 
-    def parts(self, entry: OpEntry) -> tuple[QuantGraphModule, ...]:
-        """The graphs in what an op calls as it is."""
+    def parts(self, entry: OpEntry) -> tuple[tuple[str, QuantGraphModule], ...]:
+        """The graphs in what an op calls as it is, with what goes before the names in them.
+
+        Names in the parts of an island are known in the whole model; a standalone module has a
+        graph of its own.
+        """
         node = self.carriers.get(entry.name)
         if node is None or node.op != "call_module":
             return ()
         module = self.gm.get_submodule(str(node.target))
-        return () if isinstance(module, QuantGraphModule) else tuple(parts_below(module))
+        if isinstance(module, QuantGraphModule):
+            return ((str(node.target), module),)
+        return tuple(("", part) for part in parts_below(module))
 
     # -- who carries what -------------------------------------------------------------------------
 

@@ -502,6 +502,13 @@ def test_a_model_with_standalone_parts_is_copied_saved_and_explained() -> None:
     rows = {row.name: row for row in explain(lowered).rows}
     assert "a standalone module, quantized on its own" in str(rows["part"])
     assert "a standalone module" in str(audit(lowered))
+    inside = {name for name in rows if name.startswith("part.")}
+    assert inside == {f"part.{row.name}" for row in explain(lowered.part).rows} != set()
+    for name in inside:
+        assert rows[name].runs.value == "int8"
+        assert f"{rows[name].path}.".startswith("part.")
+    assert {row.name for row in audit(lowered).counted} >= inside
+    assert {r.runs.value for r in explain(prepared).rows if r.name in inside} == {"planned"}
     assert all(row.more == 0 for row in parity(reference, lowered, (IMAGES,)).rows)
     assert {row.runs.value for row in explain(lowered.part).rows} == {"int8"}
 
