@@ -103,6 +103,7 @@ def test_bounds_on_one_side_are_kept(peers: Peers) -> None:
         prepared, warned = peers.prepare(names, model, (X,), observed_by(), backend=backend)
         found.append((len(placement(prepared)), any("must fall within" in w for w in warned)))
     assert found == [(2, False), (0, True)]
+    peers.compare(model, (X,), observed_by(), quantizes=1)
 
 
 def test_dtypes_that_the_backend_lacks_are_told(peers: Peers) -> None:

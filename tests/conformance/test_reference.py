@@ -276,11 +276,10 @@ def test_modules_keep_their_float_weight(peers: Peers, case: str) -> None:
 @pytest.mark.parametrize("case", ["linear", "conv2d", "linear-dynamic", "embedding"])
 def test_the_state_of_a_reference_module_loads(peers: Peers, case: str) -> None:
     part, x, qconfig = MODULES[case]
-    for names, graph in zip(
-        (THEIRS, OURS),
-        references(peers, nn.Sequential(part).eval(), x, everywhere(qconfig)),
-        strict=True,
-    ):
+    graphs = references(peers, nn.Sequential(part).eval(), x, everywhere(qconfig))
+    assert_same(run(graphs[1], (x,)), run(graphs[0], (x,)))
+    equal(steps(graphs[1]), steps(graphs[0]), "steps")
+    for names, graph in zip((THEIRS, OURS), graphs, strict=True):
         expected = run(graph, (x,))
         for model in (graph, copy.deepcopy(graph)):
             state = copy.deepcopy(model.state_dict())
