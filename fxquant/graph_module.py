@@ -27,10 +27,13 @@ from fxquant.metadata import record_of, set_record
 from fxquant.op_view import attribute
 
 if TYPE_CHECKING:
+    from fxquant.kernel_view import KernelView
     from fxquant.pairing import Geometry
 
 PRESERVED_ATTRIBUTES: Final = "_user_preserved_attributes"
 """Key in ``GraphModule.meta`` of the attributes that the user wants kept, by name."""
+_WITH_VIEWS: Final = "x86-compat"
+"""The target whose callers look for modules where kernels are."""
 
 
 class Stage(Enum):
@@ -234,6 +237,24 @@ class QuantGraphModule(fx.GraphModule):
             return super().__call__(*args, **kwargs)
         with no_autocast():
             return super().__call__(*widened(args), **widened(kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        """Submodules and tensors; in a graph of ``fxquant.compat``, kernels in place of modules."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            view = None if name.startswith("_") else self._kernel_view(name)
+            if view is None:
+                raise
+            return view
+
+    def _kernel_view(self, name: str) -> KernelView | None:
+        state = self.__dict__.get("_state")
+        if state is None or state.stage is not Stage.LOWERED or state.target != _WITH_VIEWS:
+            return None
+        from fxquant.kernel_view import view_of
+
+        return view_of(self, name)
 
     # -- states -------------------------------------------------------------------------------
 

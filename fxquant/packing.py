@@ -66,7 +66,7 @@ def scalar(value: Tensor) -> float | int:
     return number
 
 
-def _quantized_weight(weight: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+def quantized_weight(weight: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
     """A quantized tensor on the memory of ``weight``, int8."""
     shape = [0] * weight.dim()
     if scale.dim() == 0:
@@ -103,7 +103,7 @@ def pack_conv(
     operator = getattr(torch.ops.quantized, f"conv{dimensions}d_prepack")
     with engine(engine_name):
         return operator(
-            _quantized_weight(weight, scale, zero_point, 0), bias, stride, padding, dilation, groups
+            quantized_weight(weight, scale, zero_point, 0), bias, stride, padding, dilation, groups
         )
 
 
@@ -124,7 +124,7 @@ def pack_conv_transpose(
     operator = getattr(torch.ops.quantized, f"conv_transpose{dimensions}d_prepack")
     with engine(engine_name):
         return operator(
-            _quantized_weight(weight, scale, zero_point, 1),
+            quantized_weight(weight, scale, zero_point, 1),
             bias,
             stride,
             padding,
@@ -153,7 +153,7 @@ def pack_linear(
     """Pack a weight ``[O, I]`` for ``quantized::linear``."""
     with engine(engine_name):
         return torch.ops.quantized.linear_prepack(
-            _quantized_weight(weight, scale, zero_point, 0), bias
+            quantized_weight(weight, scale, zero_point, 0), bias
         )
 
 

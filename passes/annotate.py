@@ -575,11 +575,12 @@ class _Decision:
                 else "no integers come in and none are wanted, so int8 would add conversions only",
             )
             return None
-        spec = next(
-            (found for source in sources if (found := self._output_spec(source)) is not None),
-            plan.activation,
-        )
+        own = plan.activation
         given = [found for source in sources if (found := self._output_spec(source)) is not None]
+        if plan.row.output is OutputPolicy.ALWAYS and own is not None:
+            # A qconfig of another dtype is honoured: what comes in is quantized anew for this op.
+            given = given if all(found.dtype is own.dtype for found in given) else []
+        spec = given[0] if given else own
         other = next((found for found in given if not self._same(found, given[0])), None)
         if other is not None:
             add_reason(

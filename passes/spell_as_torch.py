@@ -43,9 +43,10 @@ class SpellAsTorch(Pass):
             if node.target is torch.dequantize:
                 rewriter.retarget_method(node, DEQUANTIZING_METHOD)
             elif node.target is TO_DTYPE and node.args[1] is torch.float16:
-                readers = [user for user in node.users if user.target is TO_DTYPE]
-                if readers:
-                    _spell_cast(rewriter, node, readers)
+                _spell_rounding(rewriter, node)
+            elif node.target is TO_DTYPE and node.all_input_nodes[0].op != "get_attr":
+                rewriter.replace_arguments(node, (node.args[0],))
+                rewriter.retarget_method(node, DEQUANTIZING_METHOD)
         return PassResult(changes=rewriter.finish())
 
 
@@ -56,15 +57,12 @@ def is_spelt_cast(node: fx.Node) -> bool:
     return node.target is torch.quantize_per_tensor_dynamic and node.args[1] is torch.float16
 
 
-def _spell_cast(rewriter: GraphRewriter, half: fx.Node, readers: list[fx.Node]) -> None:
-    if any(map(_is_rounded_at_run_time, readers)):
+def _spell_rounding(rewriter: GraphRewriter, half: fx.Node) -> None:
+    if any(map(_is_rounded_at_run_time, half.users)):
         args = (half.args[0], torch.float16, True)
         rewriter.retarget(half, torch.quantize_per_tensor_dynamic, args)
     else:
         rewriter.retarget_method(half, _CASTING_METHOD)
-    for whole in readers:
-        rewriter.replace_arguments(whole, (half,))
-        rewriter.retarget_method(whole, DEQUANTIZING_METHOD)
 
 
 def _is_rounded_at_run_time(value: fx.Node) -> bool:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Optional
 
 import pytest
 import torch
 import torch.ao.nn.quantized as nnq
 import torch.ao.quantization as tq
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.ao.quantization.backend_config.native import get_test_only_legacy_native_backend_config
 
 from fxquant.capture import capture
 from fxquant.compat import convert_fx, prepare_fx, prepare_qat_fx
 from fxquant.errors import Diagnostics
-from tests.conformance.harness import THEIRS, Peers, steps
+from fxquant.op_view import attribute
+from tests.conformance.harness import THEIRS, Peers, placement, steps
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore")]
 
@@ -251,3 +255,90 @@ def test_weights_with_a_zero_point_are_quantized(case: str) -> None:
     offsets = [b for n, b in done.ours.lowered.named_buffers() if n.endswith("weight_zero_point")]
     assert offsets
     assert all(bool(offset.any()) for offset in offsets)
+
+
+# -- float16 --------------------------------------------------------------------------------------
+
+
+class Moves(nn.Module):
+    """A functional linear, something that moves its values, and another linear."""
+
+    def __init__(self, move: Any) -> None:
+        super().__init__()
+        self.weight, self.move = nn.Parameter(torch.randn(8, 8)), move
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.move(F.linear(x, self.weight)), self.weight)
+
+
+MOVES: dict[str, Any] = {
+    "identity": nn.Identity(),
+    "reshape": lambda x: x.reshape(-1, 8),
+    "flatten": lambda x: torch.flatten(x, 0, 1),
+    "transpose": lambda x: x.transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("linears", [tq.default_qconfig, tq.float16_static_qconfig])
+@pytest.mark.parametrize("case", MOVES)
+def test_a_qconfig_of_float16_behind_another(case: str, linears: tq.QConfig) -> None:
+    """What moves values keeps its own dtype, and rounds once."""
+    mapping = tq.QConfigMapping().set_global(tq.float16_static_qconfig)
+    mapping.set_object_type(F.linear, linears)
+    done = Peers(THEIRS).compare(
+        Moves(MOVES[case]).eval(),
+        (X.reshape(4, -1, 8),),
+        lambda names: mapping,
+        backend=lambda names: get_test_only_legacy_native_backend_config(),
+    )
+    casts = [n for n in done.ours.lowered.graph.nodes if n.op == "call_method" and n.target == "to"]
+    expected = [n for n in done.theirs.lowered.graph.nodes if n.target == "to"]
+    assert len(casts) == len(expected) > 0
+    if linears is tq.default_qconfig:
+        assert [kind for _, kind, _, _ in placement(done.ours.prepared)][3:5] == [
+            "PlaceholderObserver",
+            "PlaceholderObserver",
+        ]
+
+
+# -- kernels in place of modules ------------------------------------------------------------------
+
+
+class Blocks(nn.Module):
+    """Layers at several depths, and an activation that chooses its own scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), nn.Conv2d(4, 4, 1))
+        self.head, self.softmax = nn.Linear(4, 5), nn.Softmax(dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.softmax(self.head(self.body(x).mean((2, 3))))
+        return y
+
+
+def test_attributes_of_modules_that_became_kernels() -> None:
+    mapping = tq.get_default_qconfig_mapping("x86")
+    model = Blocks().eval()
+    done = Peers(THEIRS).compare(model, (X,), lambda names: mapping, quantizes=1)
+    ours, theirs = done.ours.lowered, done.theirs.lowered
+    for path in ("body.0.0", "body.1", "head"):
+        mine: Any = attribute(ours, path)
+        other: Any = theirs.get_submodule(path)
+        assert (mine.scale, mine.zero_point) == (other.scale, other.zero_point)
+        assert torch.equal(mine.weight().int_repr(), other.weight().int_repr())
+        assert torch.equal(mine.weight().dequantize(), other.weight().dequantize())
+        assert torch.equal(mine.bias(), other.bias())
+    assert (ours.softmax.scale, ours.softmax.zero_point) == (1 / 256, 0)
+    with pytest.raises(AttributeError, match="'softmax' has no int8 weight"):
+        ours.softmax.weight()
+    assert not hasattr(ours, "nothing")
+    assert not hasattr(ours.body, "nothing")
+    state = {name: value.clone() for name, value in ours.state_dict().items()}
+    assert torch.equal(
+        copy.deepcopy(ours).head.weight().int_repr(), theirs.head.weight().int_repr()
+    )
+    name = next(name for name in state if name.startswith("head_scale"))
+    ours.load_state_dict(state | {name: state[name] * 2})
+    assert ours.head.scale == float(state[name] * 2)
+    assert torch.equal(torch.jit.script(ours)(X), ours(X))
