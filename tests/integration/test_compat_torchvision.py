@@ -110,6 +110,38 @@ def test_post_training(name: str) -> None:
     assert float((given - wanted).abs().max()) <= (lsb + 1e-3) * step
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_large", "shufflenet_v2_x1_0"])
+def test_networks_that_torch_ao_prepared(name: str, trains: bool) -> None:
+    """Taken over with their observers, and what they trained to, they give torch.ao's numbers."""
+    from torch.ao import quantization as tq
+    from torch.ao.quantization import quantize_fx as peer
+
+    side, _, _ = NETWORKS[name]
+    model, x = _network(name).train(trains), torch.randn(2, 3, side, side)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if trains:
+            mapping = tq.get_default_qat_qconfig_mapping("x86")
+            prepared = peer.prepare_qat_fx(model, mapping, (x,))
+            _first(prepared(x)).square().mean().backward()
+            torch.optim.SGD(prepared.parameters(), lr=0.01).step()
+            prepared.eval()
+        else:
+            qconfig = tq.QConfig(tq.MinMaxObserver, tq.default_per_channel_weight_observer)
+            mapping = tq.get_default_qconfig_mapping("x86").set_global(qconfig)
+            prepared = peer.prepare_fx(model, mapping, (x,))
+            prepared(x)
+        reference = compat.convert_to_reference_fx(prepared)
+        lowered = compat.convert_fx(prepared)
+        theirs = peer.convert_to_reference_fx(copy.deepcopy(prepared))
+        assert _steps(reference) == _steps(theirs)
+        assert _steps(lowered) == _steps(peer.convert_fx(prepared))
+        with torch.no_grad():
+            assert torch.equal(_first(reference(x)), _first(theirs(x)))
+
+
 def _last_scale(lowered: QuantGraphModule) -> float:
     """The scale of the logits: of the last kernel that writes integers."""
     scales = [b for n, b in lowered.named_buffers() if "_scale_" in n and b.dim() == 0]
