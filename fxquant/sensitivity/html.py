@@ -96,19 +96,29 @@ def _choices(report: SensitivityReport) -> Iterable[str]:
 
 
 def pareto(plan: Any) -> str:
-    """The Pareto front of a plan: of everything in ``plan.pareto`` with ``cost`` and ``damage``.
+    """The Pareto front of a plan: latency and noise of its points, and of the models beside it.
+
+    Args:
+        plan: what ``plan_mixed_precision`` returned; read are ``front``, of points with
+            ``predicted``, and ``predicted``, model -> costs; costs have ``latency`` and ``damage``.
 
     Raises:
-        ConfigError: ``plan`` holds no such points.
+        ConfigError: it is no such plan.
     """
-    points = list(getattr(plan, "pareto", None) or ())
-    if not points or not all(hasattr(p, "cost") and hasattr(p, "damage") for p in points):
+    try:
+        points = [("", point.predicted, True) for point in plan.front]
+        points += [(name, costs, False) for name, costs in plan.predicted.items()]
+        drawn = [(1e3 * c.latency, _decibels(c.damage), name, on) for name, c, on in points]
+    except AttributeError as error:
         raise ConfigError(
-            "to_html(plan=...) draws plan.pareto, a sequence of points with the attributes cost and"
-            f" damage; {type(plan).__name__} has none"
-        )
-    drawn = [(float(p.cost), float(p.damage), str(getattr(p, "name", "")), True) for p in points]
-    return svg.scatter(drawn, "cost", "damage")
+            "to_html(plan=...) takes what plan_mixed_precision returned, got"
+            f" {type(plan).__name__} ({error})"
+        ) from error
+    return svg.scatter(drawn, "predicted ms", "predicted SQNR, dB")
+
+
+def _decibels(noise: float) -> float:
+    return -10 * math.log10(noise) if noise > 0 else math.inf
 
 
 def _distributions(report: SensitivityReport) -> Iterable[str]:

@@ -266,8 +266,10 @@ class SensitivityReport:
 
         Args:
             path: where to write it; ``None`` only returns it.
-            plan: what ``plan_mixed_precision`` returned, or anything with ``pareto``, a sequence of
-                points with ``damage`` and ``cost``: its Pareto front is drawn.
+            plan: what ``plan_mixed_precision`` returned; its Pareto front is drawn.
+
+        Raises:
+            ConfigError: ``plan`` is no plan.
         """
         from fxquant.sensitivity.html import page
 

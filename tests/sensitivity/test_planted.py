@@ -40,7 +40,9 @@ RESNET20 = [
 ]
 RESNET56 = [
     ("layer1.4.bn1", {"layer1.4.conv1", "layer1.4.conv2"}),
-    ("layer2.5.bn1", {"layer2.5.conv1", "layer2.5.conv2"}),
+    # Later blocks of this stage change what classes come out by less than chance: found by SQNR,
+    # MSE and cosine, but not by KL.
+    ("layer2.1.bn1", {"layer2.1.conv1", "layer2.1.conv2"}),
     ("layer3.6.bn1", {"layer3.6.conv1", "layer3.6.conv2"}),
 ]
 
@@ -128,19 +130,23 @@ def test_resnet56_one_by_all_but_one(case: tuple[str, set[str]], data_dir: Path)
     check_first(report, case[1])
 
 
-# EfficientNet-Lite0: where nothing, or a ReLU6 that is not reached, lies between the two layers
+# EfficientNet-Lite0: where nothing, or a ReLU6 that is not reached, lies between the two layers.
+# The last number is the factor for all-but-one: 100 at the first pair leaves nothing of the network
+# (-2.7 dB), and then the rescaled layer in FP32 saves nothing either, as its successor loses all.
 LITE0 = [
     (
         "_blocks.0._bn2",
         "_blocks.1._expand_conv",
         {"_blocks.0._project_conv", "_blocks.1._expand_conv"},
+        16.0,
     ),
     (
         "_blocks.8._bn1",
         "_blocks.8._project_conv",
         {"_blocks.8._depthwise_conv", "_blocks.8._project_conv"},
+        100.0,
     ),
-    ("_blocks.15._bn2", "_conv_head", {"_blocks.15._project_conv", "_conv_head"}),
+    ("_blocks.15._bn2", "_conv_head", {"_blocks.15._project_conv", "_conv_head"}, 100.0),
 ]
 
 
@@ -150,15 +156,15 @@ def lite0(data_dir: Path, count: int) -> tuple[nn.Module, list[Tensor]]:
 
 
 def planted_lite0(
-    model: nn.Module, data: list[Tensor], cases: list[tuple[str, str, set[str]]]
+    model: nn.Module, data: list[Tensor], cases: list[tuple[str, str, set[str], float]]
 ) -> nn.Module:
     """A copy of ``model`` with every case planted."""
     made = copy.deepcopy(model)
-    for seed, (batch_norm, successor, _) in enumerate(cases):
+    for seed, (batch_norm, successor, _, factor) in enumerate(cases):
         norm = made.get_submodule(batch_norm)
         assert isinstance(norm, nn.BatchNorm2d)
         if batch_norm.endswith("_bn2"):  # linear
-            plant(made, batch_norm, successor, half(norm.num_features, seed, 100.0))
+            plant(made, batch_norm, successor, half(norm.num_features, seed, factor))
             continue
         # relu6(x / 100) is relu6(x) / 100 for channels that never reach 6
         largest = torch.zeros(norm.num_features)
@@ -172,7 +178,7 @@ def planted_lite0(
                 made(x)
         handle.remove()
         assert int((largest < 6).sum()) > norm.num_features // 2
-        factors = torch.where(largest < 6, half(norm.num_features, seed, 0.01), 1.0)
+        factors = torch.where(largest < 6, half(norm.num_features, seed, 1 / factor), 1.0)
         plant(made, batch_norm, successor, factors)
     return made
 
@@ -180,15 +186,15 @@ def planted_lite0(
 @pytest.mark.slow
 def test_lite0_three_at_once(data_dir: Path) -> None:
     model, data = lite0(data_dir, 16)
-    made = planted_lite0(model, data, LITE0)
+    made = planted_lite0(model, data, [(*case[:3], 100.0) for case in LITE0])
     check_function(model, made, data)
     report = analyze_sensitivity(made, data, **OPTIONS)
-    check_first(report, set.union(*(expected for *_, expected in LITE0)))
+    check_first(report, set.union(*(expected for _, _, expected, _ in LITE0)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", LITE0, ids=lambda case: case[0])
-def test_lite0_one_by_all_but_one(case: tuple[str, str, set[str]], data_dir: Path) -> None:
+def test_lite0_one_by_all_but_one(case: tuple[str, str, set[str], float], data_dir: Path) -> None:
     model, data = lite0(data_dir, 16)
     made = planted_lite0(model, data, [case])
     check_function(model, made, data)

@@ -26,6 +26,8 @@ from fxquant import (
     prepare_fx,
 )
 from fxquant.errors import ArtifactError, ConfigError, MissingDependencyError, UnmatchedRuleError
+from fxquant.planner.plan import FrontPoint
+from fxquant.planner.problem import Costs
 from fxquant.sensitivity.metrics import MetricSums
 from fxquant.sensitivity.policy import Policy
 from fxquant.sensitivity.report import SensitivityReport
@@ -222,9 +224,13 @@ class Page(HTMLParser):
 
 
 def test_the_page_is_self_contained(report: SensitivityReport, tmp_path: Path) -> None:
-    points = [SimpleNamespace(cost=c, damage=d, name=str(c)) for c, d in ((1, 3), (2, 1), (3, 0))]
+    front = [
+        FrontPoint(layers={}, predicted=Costs(latency=1e-3 * ms, damage=noise))
+        for ms, noise in ((1, 0.1), (2, 0.01), (3, 0.001))
+    ]
+    plan: Any = SimpleNamespace(front=front, predicted={"int8": front[0].predicted})
     file = tmp_path / "report.html"
-    text = report.to_html(file, plan=SimpleNamespace(pareto=points))
+    text = report.to_html(file, plan=plan)
     assert file.read_text(encoding="utf-8") == text
     page = Page()
     page.feed(text)
@@ -238,9 +244,10 @@ def test_the_page_is_self_contained(report: SensitivityReport, tmp_path: Path) -
     assert text.count('class="clip"') == 2 * (with_weight + with_input)
     assert page.count["line"] == 2 * (with_weight + with_input)
     assert text.count('class="front"') == 1
+    assert "<title>int8: 1, 10</title>" in text  # ms, and dB of a tenth
     assert "addEventListener('click'" in text
     assert "Pareto front" not in report.to_html()
-    with pytest.raises(ConfigError, match="pareto"):
+    with pytest.raises(ConfigError, match="plan_mixed_precision"):
         report.to_html(plan=object())
 
 
