@@ -4,7 +4,8 @@
 ``fragile``: EfficientNet-Lite0 with one scale a weight: planned on one half of the ImageNet sample,
 judged on the other.
 
-Both want a machine that does nothing else; torch runs one thread.
+Both want a machine that does nothing else; torch runs one thread. On a busy one, ``--cpu-time``
+measures whole calls by the seconds of the thread and not by those on the wall.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import inspect
 import statistics
 import sys
+import time
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -26,7 +28,7 @@ from fxquant.models_zoo.registry import ZooEntry, load
 from fxquant.observers import default_weight_observer
 from fxquant.planner.build import lowered
 from fxquant.planner.cache import LatencyCache
-from fxquant.planner.clock import call_times
+from fxquant.planner.clock import Clock, call_times
 from fxquant.planner.damage import measured_damages
 from fxquant.planner.judge import int8_share
 from fxquant.planner.pricing import price
@@ -47,7 +49,9 @@ with one scale a channel lose there."""
 # -- latency --------------------------------------------------------------------------------------
 
 
-def errors_of(entry: ZooEntry, images: int, repeats: int) -> dict[str, tuple[float, float]]:
+def errors_of(
+    entry: ZooEntry, images: int, repeats: int, clock: Clock
+) -> dict[str, tuple[float, float]]:
     """Plan -> predicted and measured milliseconds of one picture, in one run."""
     data = [entry.calibration[0][:images]]
     network = CalibratedNetwork(entry.model, data)
@@ -66,24 +70,30 @@ def errors_of(entry: ZooEntry, images: int, repeats: int) -> dict[str, tuple[flo
         "greedy, half": by_hand[len(by_hand) // 2],
     }
     models = {name: lowered(network, priced.assignment(a)) for name, a in plans.items()}
-    measured = medians(models, bound, repeats)
+    measured = medians(models, bound, repeats, clock)
     return {name: (1e3 * priced.costs(a).latency, measured[name]) for name, a in plans.items()}
 
 
 def medians(
-    models: Mapping[str, QuantGraphModule], bound: inspect.BoundArguments, repeats: int
+    models: Mapping[str, QuantGraphModule],
+    bound: inspect.BoundArguments,
+    repeats: int,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, float]:
     """Model -> median milliseconds, the models taking turns."""
     calls = {name: (lambda m=m: m(*bound.args, **bound.kwargs)) for name, m in models.items()}
-    times = call_times(calls, repeats=repeats)
+    times = call_times(calls, repeats=repeats, clock=clock)
     return {name: 1e3 * statistics.median(found) for name, found in times.items()}
 
 
 def latency(options: argparse.Namespace) -> None:
+    clock = time.thread_time if options.cpu_time else time.perf_counter
     rows, summary = [], []
     for name in options.networks:
         entry = load(name)
-        runs = [errors_of(entry, options.images, options.repeats) for _ in range(options.runs)]
+        runs = [
+            errors_of(entry, options.images, options.repeats, clock) for _ in range(options.runs)
+        ]
         middles = []
         for plan in runs[0]:
             off = [100 * (run[plan][0] / run[plan][1] - 1) for run in runs]
@@ -174,6 +184,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=30, help="timed calls of each model")
     parser.add_argument("--images", type=int, default=32, help="behind the damage of layers")
+    parser.add_argument("--cpu-time", action="store_true", help="for a busy machine")
     parser.add_argument("--strategy", default="min-cut")
     options = parser.parse_args()
     torch.set_num_threads(1)
