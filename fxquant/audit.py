@@ -398,8 +398,9 @@ class _Confirmation:
         """Let PyTorch count what the ledger could not: opaque modules, einsum, ..."""
         wanted = {row.name for row in rows if row.macs is None and row.runs is Runs.FP32}
         nodes = {
-            origin: node.name
-            for node in self.gm.graph.nodes
+            origin: f"{label}{node.name}"
+            for label, graph in labelled(self.gm).items()
+            for node in graph.graph.nodes
             for origin in record_of(node).origins
             if origin in wanted and not record_of(node).kernel
         }

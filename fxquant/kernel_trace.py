@@ -156,24 +156,28 @@ def macs_by_node(
 ) -> dict[str, int]:
     """Multiply-accumulates that PyTorch counts below the named nodes, which run in FP32.
 
-    Those of parts are theirs, and not their island's.
+    Args:
+        gm: a graph.
+        bound: its inputs.
+        names: of nodes; those of parts have the label of :func:`labelled` before them. What a part
+            computes is counted for its nodes, and not for its island.
     """
+    macs: Counter[str] = Counter()
 
-    def uncounted(_: str, part: QuantGraphModule, bound: inspect.BoundArguments) -> Any:
+    def counted(label: str, part: fx.GraphModule, bound: inspect.BoundArguments) -> Any:
         with _disable_current_modes():
-            return type(part).forward(part, *bound.args, **bound.kwargs)
+            return _Counting(part, bound, label, names, macs).run()
 
-    runner = _Counting(gm, bound, names)
     fast = torch.backends.mha.get_fastpath_enabled()
     # PyTorch counts matrix products, but neither attention's fused forms on a CPU.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        parts = _parts_run_by(labelled(gm), uncounted)
+        parts = _parts_run_by(labelled(gm), counted)
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), parts:
-            runner.run()
+            counted("", gm, bound)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    return runner.macs
+    return dict(macs)
 
 
 class _Marking(BoundInterpreter):
@@ -203,19 +207,26 @@ class _Counting(BoundInterpreter):
     """Runs a graph and counts the work of some of its nodes."""
 
     def __init__(
-        self, gm: fx.GraphModule, bound: inspect.BoundArguments, names: Collection[str]
+        self,
+        gm: fx.GraphModule,
+        bound: inspect.BoundArguments,
+        label: str,
+        names: Collection[str],
+        macs: Counter[str],
     ) -> None:
         super().__init__(gm, bound)
+        self.label = label
         self.names = names
-        self.macs: dict[str, int] = {}
+        self.macs = macs
 
     def run_node(self, n: fx.Node) -> Any:
         """Run ``n``, counting where asked."""
-        if n.name not in self.names:
+        name = f"{self.label}{n.name}"
+        if name not in self.names:
             return super().run_node(n)
         with FlopCounterMode(display=False) as counter:
             value = super().run_node(n)
-        self.macs[n.name] = counter.get_total_flops() // 2  # a multiply and an add
+        self.macs[name] += counter.get_total_flops() // 2  # a multiply and an add
         return value
 
 

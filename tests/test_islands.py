@@ -488,7 +488,10 @@ def test_a_layer_whose_weight_is_read_stays(kind: type[nn.Module], reason: str) 
     assert f"'island.fc3' is not: {reason}" in message
     int8 = convert_fx(calibrate(gm, [(X,)]))
     assert reason in explain(int8).row("island").reason
-    assert audit(int8).confirmed
+    report = audit(int8)
+    assert report.confirmed
+    left = {row.name: row.macs for row in report.rows}["island"]
+    assert left == 8 * 16 * 32 * (3 if kind is ReadsWeight else 1)  # products with fc3's weight
     assert sqnr(model(X), int8(X)) > 30
 
 
@@ -638,6 +641,7 @@ def test_an_island_in_an_island() -> None:
     report = audit(int8)
     assert report.confirmed
     assert report.mac_coverage == 1.0
+    assert report.unknown_macs == ()
     assert explain(int8).row("island.wraps.inner.fc2").runs is Runs.INT8
     names = [row.name for row in report.rows]
     assert len(names) == len(set(names))
