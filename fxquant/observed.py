@@ -101,6 +101,21 @@ def unite(observers: list[nn.Module]) -> QParams:
     return choose_qparams(torch.stack(lows).amin(0), torch.stack(highs).amax(0), spec)
 
 
+def merged(observers: list[nn.Module]) -> nn.Module:
+    """A new observer that saw what calibrated observers of one class saw together.
+
+    Of observers that have no statistics to merge, one with the parameters of :func:`unite`.
+    """
+    union = copy.deepcopy(observers[0])
+    if len(observers) == 1:
+        return union
+    merge = getattr(union, "merge_from", None)
+    if callable(merge) and len({type(observer) for observer in observers}) == 1:
+        merge(observers[1:])
+        return union
+    return united_observer(observers)
+
+
 def united_observer(observers: list[nn.Module]) -> nn.Module:
     """One observer for tensors that are quantized by one module: of the union of what they saw."""
     distinct = list({id(observer): observer for observer in observers}.values())

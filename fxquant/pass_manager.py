@@ -37,6 +37,7 @@ class Fact(Enum):
     HALF_ANNOTATED = "ops that run in half precision are marked"
     SHARED = "tensors with common parameters are grouped"
     OBSERVED = "observers are inserted"
+    GROUPS_SPLIT = "values share parameters where that loses less than requantizing them"
     WEIGHTS_TRAIN = "weights that will be integers are rounded while they train"
     WEIGHTS_FROZEN = "weights train no more; what they were rounded to is known"
     MEANS_WATCHED = "channel means of inputs are watched"

@@ -39,6 +39,7 @@ from fxquant.passes.round_joined import RoundJoined
 from fxquant.passes.separate_padding import SeparatePadding
 from fxquant.passes.share_parameters import ShareParameters
 from fxquant.passes.spell_as_torch import SpellAsTorch
+from fxquant.passes.split_shared import SplitShared
 from fxquant.passes.take_pieces import TakePieces
 from fxquant.passes.tell_unhonoured import TellUnhonoured
 from fxquant.passes.to_reference import TorchNames, ToReference
@@ -164,6 +165,7 @@ def reference_pipeline(
             FreezeWeights(),  # what trained is float modules again, which all others know
             RemoveIdentities(),  # dropout that was active in training
             CorrectBias(),  # needs the float weights, and takes the channel means out
+            SplitShared(),  # what the observers saw is known, and nothing is rounded yet
             ToReference(),  # parameters are computed here, once
             RoundBiases(),  # steps of a sum are known once its scales are
             AbsorbClamps(),  # needs final parameters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,22 +29,11 @@ class ShareParameters(Pass):
 
     def run(self, gm: QuantGraphModule, context: PassContext) -> PassResult:
         """Write the group's number into the record of every value in a group."""
-        nodes = {node.name: node for node in gm.graph.nodes}
         order = {node: index for index, node in enumerate(gm.graph.nodes)}
         graph: nx.Graph[fx.Node] = nx.Graph()
-        for node in gm.graph.nodes:
-            annotation = record_of(node).annotation
-            fusion = record_of(node).fusion
-            if annotation is None or not annotation.shares:
-                continue
-            if fusion is not None and fusion.first != node.name:
-                continue
-            op = op_of(gm, node)
-            assert op is not None
-            last = node if fusion is None else nodes[fusion.last]
+        for _, last, sources in sharing_edges(gm):
             graph.add_node(last)
-            for source in op.activations:
-                graph.add_edge(source, last)
+            graph.add_edges_from((source, last) for source in sources)
         changes = 0
         components = sorted(nx.connected_components(graph), key=lambda c: min(order[n] for n in c))
         for number, component in enumerate(components):
@@ -52,3 +42,28 @@ class ShareParameters(Pass):
                     update_record(node, share_group=number)
                     changes += 1
         return PassResult(changes=changes)
+
+
+def sharing_edges(
+    gm: QuantGraphModule, value_of: Callable[[fx.Node], fx.Node] = lambda node: node
+) -> Iterator[tuple[fx.Node, fx.Node, tuple[fx.Node, ...]]]:
+    """The ops that keep the parameters of their inputs.
+
+    Args:
+        gm: an annotated graph, with or without observers.
+        value_of: what an argument stands for.
+
+    Yields:
+        The op, the last node of its pattern, whose value it gives, and the values that it reads.
+    """
+    nodes = {node.name: node for node in gm.graph.nodes}
+    for node in gm.graph.nodes:
+        annotation, fusion = record_of(node).annotation, record_of(node).fusion
+        if annotation is None or not annotation.shares:
+            continue
+        if fusion is not None and fusion.first != node.name:
+            continue
+        op = op_of(gm, node)
+        assert op is not None
+        last = node if fusion is None else nodes[fusion.last]
+        yield node, last, tuple(value_of(source) for source in op.activations)
