@@ -26,7 +26,7 @@ SUITE = sorted(
 )
 SAMPLE = (
     "test_stronger_rules_win and type-over-global or test_cat or test_linears and True-module"
-    " or test_packed_weights_load and conv3d-default_qconfig or modules-per-tensor-memory"
+    " or test_packed_weights_load and conv3d-default_per_channel or modules-per-tensor-memory"
 )
 ABOUT_SOMETHING_ELSE: dict[str, str] = {
     "test_every_test_on_the_page_exists": "reads the page on differences",

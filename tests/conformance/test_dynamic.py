@@ -308,6 +308,11 @@ def test_rnn_stays(peers: Peers, qconfig: str) -> None:
     sides = converted(peers, model, (SEQUENCE,), everywhere(qconfig))
     assert kinds(sides[1][0]) == []
     assert_same(run(sides[1][2], (SEQUENCE,)), run(model, (SEQUENCE,)))
+    followed = Calls(lambda m, x: m.fc(m.rnn(x)[0]), rnn=nn.RNN(5, 7), fc=nn.Linear(7, 3))
+    sides = converted(peers, followed, (SEQUENCE,), everywhere(qconfig))
+    assert kinds(sides[1][0]) == ["PlaceholderObserver"]
+    same_lowered(sides, (SEQUENCE,))
+    assert len(kernels(sides[1][2])) == 1
 
 
 @pytest.mark.statement("S8.4a")
@@ -370,6 +375,9 @@ def test_what_the_legacy_backend_does_not_have_stays_float(peers: Peers, name: s
     for names in (THEIRS, OURS):
         prepared, _ = peers.prepare(names, model, (ROWS,), mapping, backend=_legacy_backend)
         assert kinds(prepared) == []
+        behind = Calls(lambda m, x: m.fc(getattr(F, name)(x)), fc=nn.Linear(5, 3))
+        prepared, _ = peers.prepare(names, behind, (ROWS,), mapping, backend=_legacy_backend)
+        assert kinds(prepared) == ["PlaceholderObserver"] * 2
 
 
 # -- tables ---------------------------------------------------------------------------------------
@@ -429,6 +437,9 @@ def test_other_qconfigs_leave_tables_in_float(peers: Peers, case: str, qconfig: 
     assert kinds(sides[1][0]) == []
     for graph_module in sides[1][1:]:
         assert_same(run(graph_module, inputs), run(model, inputs))
+    sides = converted(peers, model, inputs, everywhere(FLOAT_QPARAMS[0]))
+    same_lowered(sides, inputs)
+    assert len(kernels(sides[1][2])) == 1
 
 
 @pytest.mark.statement("S8.5a", "S5.4a")
@@ -498,7 +509,9 @@ def test_the_global_engine_is_not_asked() -> None:
         for engine in ("x86", "onednn"):
             torch.backends.quantized.engine = engine
             prepared, _ = ours.prepare(OURS, model, (ROWS,), everywhere("default_dynamic_qconfig"))
-            results.append(run(ours.convert(OURS, prepared)[1], (ROWS,)))
+            _, lowered = ours.convert(OURS, prepared)
+            assert kernels(lowered) == ["quantized::linear_dynamic"]
+            results.append(run(lowered, (ROWS,)))
     finally:
         torch.backends.quantized.engine = before
     assert_same(results[1], results[0])

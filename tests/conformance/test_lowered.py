@@ -402,10 +402,17 @@ def test_weights_are_packed_under_names(peers: Peers, case: str, qconfig: str) -
 
 
 @pytest.mark.statement("S7.4a", "S10.2a")
-@pytest.mark.parametrize("qconfig", [*QCONFIGS, "float16_dynamic_qconfig"])
-@pytest.mark.parametrize("case", ["linear", "conv", "chain", "conv1d", "conv3d"])
+@pytest.mark.parametrize(
+    ("case", "qconfig"),
+    [
+        *(("linear", qconfig) for qconfig in (*QCONFIGS, "float16_dynamic_qconfig")),
+        *(("chain", qconfig) for qconfig in ("default_qconfig", "default_dynamic_qconfig")),
+        *(("conv", qconfig) for qconfig in QCONFIGS[:2]),
+        *((f"conv{n}d", QCONFIGS[n // 2]) for n in (1, 3)),
+    ],
+)
 def test_packed_weights_load(peers: Peers, case: str, qconfig: str) -> None:
-    mapping = everywhere("default_qconfig" if "conv" in case and "dyn" in qconfig else qconfig)
+    mapping = everywhere(qconfig)
     x = {"conv1d": LINES, "conv3d": CUBES}.get(case, X)
 
     def model(factor: float) -> nn.Module:

@@ -210,6 +210,9 @@ def test_quantized_inputs_and_results(peers: Peers, case: str) -> None:
     make, inputs, outputs = BOUNDARIES[case]
     given = (QUANTIZED if inputs else IMAGES,)
     alike(peers, make(), given, STATIC, boundary(inputs, outputs))
+    if case in ("float-op", "returned", "returned-as-float"):  # beside what is quantized, too
+        model = Calls(lambda m, x: (m.inner(x), m.a(x)), a=conv(), inner=make())
+        alike(peers, model, given, STATIC, boundary(inputs, outputs))
 
 
 @pytest.mark.statement("S5.16a")
@@ -269,12 +272,13 @@ def test_a_model_with_quantized_inputs_is_copied_scripted_and_explained() -> Non
 @pytest.mark.statement("S5.16a")
 def test_a_position_that_is_not_there_is_told() -> None:
     with pytest.warns(ConfigWarning, match="input_quantized_idxs names input 3"):
-        fxquant.compat.prepare_fx(
+        prepared = fxquant.compat.prepare_fx(
             Calls(lambda m, x: m.a(x), a=conv()),
             _full_range(OURS),
             (IMAGES,),
             boundary([3], [])(OURS),
         )
+    assert len(observers(prepared)) == 2
 
 
 @pytest.mark.statement("S5.16a")
@@ -1010,3 +1014,6 @@ def test_entries_of_another_form_are_errors(entry: tuple[Any, ...], message: str
         fxquant.compat.prepare_fx(
             around(), STATIC(OURS), (IMAGES,), {"standalone_module_name": [entry]}
         )
+    right = standalone(by="name", inputs=[], outputs=[])
+    prepared, _ = Peers(OURS).prepare(OURS, around(), (IMAGES,), STATIC, right)
+    assert (len(observers(prepared)), len(observers(prepared.part))) == (2, 2)

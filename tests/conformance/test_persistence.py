@@ -93,7 +93,7 @@ def scaled(model: nn.Module, factor: float) -> nn.Module:
 
 
 @pytest.mark.statement("S10.1a")
-@pytest.mark.parametrize("weights_only", [True, False])
+@pytest.mark.parametrize("weights_only", [True, pytest.param(False, marks=SLOW)])
 @pytest.mark.parametrize(
     "qconfig",
     [name if name != "histogram" else pytest.param(name, marks=SLOW) for name in QCONFIGS],
@@ -149,7 +149,7 @@ def test_whole_states_of_prepared_models_load(peers: Peers, case: str) -> None:
 
 
 @pytest.mark.statement("S10.2a")
-@pytest.mark.parametrize("how", ["memory", "file"])
+@pytest.mark.parametrize("how", ["memory", pytest.param("file", marks=SLOW)])
 @pytest.mark.parametrize(
     "qconfig",
     [name if name != "histogram" else pytest.param(name, marks=SLOW) for name in QCONFIGS],
