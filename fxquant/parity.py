@@ -37,6 +37,7 @@ from fxquant.operators import DEQUANTIZE, QUANTIZE, QUANTIZE_DYNAMIC, TO_DTYPE
 from fxquant.passes.inline_references import inlined
 from fxquant.passes.lower import Lower
 from fxquant.passes.prepack import Prepack
+from fxquant.passes.shift_signed import shifted
 from fxquant.quantize_fx import convert_to_reference_fx
 from fxquant.shapes import as_arguments
 from fxquant.specs import QParams, QuantSpec, quantize
@@ -186,7 +187,7 @@ def _reference(model: QuantGraphModule) -> QuantGraphModule:
     if stage is Stage.PREPARED and model.state.target != "x86-compat":
         return convert_to_reference_fx(model)
     if stage is Stage.REFERENCE:
-        return inlined(model)
+        return shifted(inlined(model))
     if stage is Stage.PREPARED:
         raise ConfigError(
             "parity() got a model that fxquant.compat prepared, which only fxquant.compat converts"

@@ -38,6 +38,7 @@ from fxquant.passes.round_biases import RoundBiases
 from fxquant.passes.round_joined import RoundJoined
 from fxquant.passes.separate_padding import SeparatePadding
 from fxquant.passes.share_parameters import ShareParameters
+from fxquant.passes.shift_signed import ShiftSigned
 from fxquant.passes.spell_as_torch import SpellAsTorch
 from fxquant.passes.split_shared import SplitShared
 from fxquant.passes.take_pieces import TakePieces
@@ -352,6 +353,7 @@ def compat_lowering_pipeline() -> Pipeline:
         "compat-lower",
         (
             CancelQuantize(),  # shapes are read from integers
+            ShiftSigned(),  # behind which all activations are bytes
             FitWeights(),  # only where a kernel of this machine would overflow
             Lower(),  # kernels, in graph order
             Prepack(),  # weights packed once, not per call
