@@ -237,20 +237,24 @@ def _row(
             "clipped": ranges.share(ranges.beyond),
             "unused": ranges.unused(site),
         }
-    rounds = site.quantizes or op is None
+    name, kernel, runs = site.label, "", "int8" if site.holds_integers else "fp32"
+    if site.quantizes:
+        name = kernel = "quantize"
+    elif op is not None:
+        name, kernel, runs = op.op, op.kernel, op.runs.value
     return CompareRow(
         name=site.name,
         layer=site.layer,
-        op="quantize" if rounds or op is None else op.op,
-        runs="" if op is None else ("int8" if rounds else op.runs.value),
-        kernel="quantize" if rounds or op is None else op.kernel,
+        op=name,
+        runs=runs,
+        kernel=kernel,
         sqnr=counters.whole.sqnr,
         channel_sqnr=sqnr_of(whole),
         own=counters.own.sqnr,
         rounding=counters.rounding.sqnr,
         growth=growth_of(whole, inputs),
         fault=Fault.SKIPPED if skipped else fault_of(whole, own, inputs, roundings),
-        starved=None if rounds else site.starved,
+        starved=None if site.quantizes else site.starved,
         note=skipped,
         **shown,
     )

@@ -32,6 +32,7 @@ class Site:
     Attributes:
         name: of the op or input.
         layer: path of the module whose kernel gives it: of ``conv -> bn -> relu``, the conv's.
+        label: what the reference graph calls, for ops that no report lists (``getitem``).
         node: the reference node that holds it.
         quantizes: the node only rounds a value that has a site of its own, or an input.
         scale: name of the scale buffer; empty for a float value.
@@ -47,6 +48,7 @@ class Site:
     name: str
     node: str
     layer: str = ""
+    label: str = ""
     quantizes: bool = False
     scale: str = ""
     zero_point: str = ""
@@ -155,6 +157,7 @@ class _Finder:
             name=name,
             node=node.name,
             layer=self._layer(node),
+            label=str(getattr(node.target, "__name__", node.target)),
             sources=self._sources(node),
             starved=self._starved_of_pattern(node),
         )
@@ -175,6 +178,7 @@ class _Finder:
             name=name,
             node=node.name,
             layer=inner.layer if inner is not None else "",
+            label=inner.label if inner is not None else "",
             quantizes=rounds,
             scale=str(scale.target),
             zero_point=str(zero_point.target),
