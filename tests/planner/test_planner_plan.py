@@ -16,10 +16,18 @@ from fxquant import (
     CalibrationError,
     ConfigError,
     ConfigWarning,
+    EntropyRule,
+    HistogramObserver,
+    MinMaxObserver,
+    MinMaxRule,
+    MSERule,
+    PercentileRule,
     Plan,
     QConfig,
+    bfloat16_static_qconfig,
     calibrate,
     convert_fx,
+    default_dynamic_qconfig,
     default_weight_observer,
     get_default_qconfig,
     plan_mixed_precision,
@@ -27,7 +35,7 @@ from fxquant import (
 )
 from fxquant.planner.build import lowered
 from fxquant.planner.cache import LatencyCache, graph_key
-from fxquant.planner.candidates import CANDIDATES, precisions_of
+from fxquant.planner.candidates import CANDIDATES, precisions_of, representation_of
 from fxquant.planner.clock import node_times
 from fxquant.planner.planner import STRATEGIES
 from fxquant.planner.pricing import Priced, price
@@ -372,3 +380,30 @@ def test_the_cache_knows_graphs_by_form(network: CalibratedNetwork, model: nn.Mo
     assert graph_key(lowered(same, Assignment()), same.batches[0]) == key
     assert graph_key(lowered(other, Assignment()), other.batches[0]) != key
     assert graph_key(lowered(network, Assignment({"b": "fp32"})), network.batches[0]) != key
+
+
+@pytest.mark.parametrize(
+    ("name", "observer", "rule"),
+    [
+        ("int8-minmax", MinMaxObserver, MinMaxRule),
+        ("int8-percentile", HistogramObserver, PercentileRule),
+        ("int8-mse", HistogramObserver, MSERule),
+        ("int8-entropy", HistogramObserver, EntropyRule),
+    ],
+)
+def test_observer_candidates_keep_the_integers(
+    name: str, observer: type[nn.Module], rule: type
+) -> None:
+    change = CANDIDATES[name]
+    assert callable(change)
+    before = get_default_qconfig("x86")
+    after = change(before)
+    made = after.activation()
+    assert type(made) is observer
+    assert type(made.rule) is rule
+    assert made.spec == before.activation().spec
+    assert after.weight == before.weight
+    assert change(default_dynamic_qconfig) == default_dynamic_qconfig
+    assert representation_of(after) == "int8"
+    assert representation_of(default_dynamic_qconfig) == representation_of(None) == "float"
+    assert representation_of(bfloat16_static_qconfig) == "bfloat16"
