@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from fxquant.dataflow import is_float_tensor
 from fxquant.graph_module import QuantGraphModule, Stage
-from fxquant.metadata import record_of
+from fxquant.metadata import add_reason, record_of
 from fxquant.op_view import op_of
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
 from fxquant.qconfig import QConfig
@@ -62,9 +62,24 @@ class InsertObservers(Pass):
                     rewriter.replace_argument(reader, given if request.again else value, node)
                 if request.own:
                     given = node
+                elif request.again:
+                    _tell_of_again(value, request)
         gm.update_state(stage=Stage.PREPARED)
         rewriter.changes += 1
         return PassResult(changes=rewriter.finish())
+
+
+def _tell_of_again(value: fx.Node, request: _Request) -> None:
+    """Say that an op reads other integers than its source gives."""
+    produced = _output_spec(value)
+    if produced is None or request.spec.is_dynamic:
+        return
+    for reader in request.readers:
+        add_reason(
+            reader,
+            f"{value.name!r} is {produced.short()} for others, and is quantized again to"
+            f" {request.spec.short()} for this",
+        )
 
 
 @dataclass(kw_only=True)

@@ -13,7 +13,9 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fxquant.explain import explain
 from fxquant.observers import MinMaxObserver, PerChannelMinMaxObserver
+from fxquant.op_rows import Runs
 from fxquant.parity import parity
 from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import get_default_qconfig_mapping
@@ -32,6 +34,8 @@ Step = tuple[str, int, int, int]
 ACTIVATIONS: list[Callable[[Tensor], Tensor]] = [
     F.relu, F.relu6, lambda x: x.clamp(-0.3, 0.8), lambda x: F.hardtanh(x, 0.1, 0.9), F.silu,
     F.hardswish, torch.sigmoid, torch.tanh, F.gelu, lambda x: F.leaky_relu(x, 0.1),
+    F.mish, lambda x: F.elu(x, 0.5), F.selu, lambda x: F.celu(x, 0.7), F.softplus, F.logsigmoid,
+    lambda x: torch.softmax(x, 1), lambda x: F.group_norm(x, 2), F.instance_norm, torch.cos,
 ]  # fmt: skip
 MOVES: list[Callable[[Tensor], Tensor]] = [
     lambda x: F.max_pool2d(x, 3, 1, 1),
@@ -48,6 +52,31 @@ MOVES: list[Callable[[Tensor], Tensor]] = [
     lambda x: F.pixel_unshuffle(F.pixel_shuffle(x, 2), 2),
     lambda x: x.reshape(x.size(0), -1, x.size(2), x.size(3)),
     lambda x: torch.stack([x, x], 1)[:, 1],
+    lambda x: x.roll((1, 2), (2, 3)),
+    lambda x: x.flip(3),
+    lambda x: x.amax(1, True).expand(-1, 8, -1, -1),
+    lambda x: x.repeat(1, 2, 1, 1)[:, 4:12],
+    lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    lambda x: x.unflatten(1, (2, -1)).flatten(1, 2),
+    lambda x: F.pad(x, (1, 0, 0, 2), mode="reflect")[:, :, :-2, 1:],
+    lambda x: F.pad(x, (1, 1, 1, 1), mode="circular")[..., 1:-1, 1:-1],
+    lambda x: torch.stack(x.unbind(1), 1),
+    lambda x: x.swapdims(2, 3).movedim(3, 2),
+]  # fmt: skip
+CONSTANTS: list[Callable[[Tensor], Tensor]] = [
+    lambda x: x + 0.5, lambda x: 2 - x, lambda x: x * 1.5, lambda x: x / 3, lambda x: -x,
+    lambda x: x + torch.ones(8, 1, 1), lambda x: x * torch.linspace(0.5, 2, 8).reshape(8, 1, 1),
+    lambda x: torch.ones_like(x) - x, lambda x: x.clamp(min=torch.tensor(-0.2)),
+]  # fmt: skip
+DTYPES: list[Callable[[Tensor, Tensor], Tensor]] = [
+    lambda x, z: torch.where(x > z, x, z),
+    lambda x, z: x * (z > 0),
+    lambda x, z: x.masked_fill(z < 0, 0.0),
+    lambda x, z: (x.double() + z.double()).float(),
+    lambda x, z: x.bfloat16().float() - z,
+    lambda x, z: x.gather(1, z.argmax(1, keepdim=True)).expand(-1, 8, -1, -1),
+    lambda x, z: x.sort(1)[0] + z.topk(8, 1).values,
+    lambda x, z: x + F.one_hot(z.argmax(1), 8).permute(0, 3, 1, 2),
 ]  # fmt: skip
 
 
@@ -57,7 +86,8 @@ def _module(op: str, variant: int) -> nn.Module | None:
         kernel, dilation = ((3, 1), (1, 1), (3, 2), (5, 1))[variant // 4 % 4]
         padding = dilation * (kernel // 2)
         bias = variant % 3 > 0
-        conv = nn.Conv2d(8, 8, kernel, padding=padding, dilation=dilation, groups=groups, bias=bias)
+        mode = ("zeros", "zeros", "reflect", "replicate", "circular")[variant % 7 % 5]
+        conv = nn.Conv2d(8, 8, kernel, 1, padding, dilation, groups, bias, mode)
         if variant % 5 == 0:
             norm = nn.BatchNorm2d(8)
             nn.init.normal_(norm.running_mean)
@@ -75,6 +105,32 @@ def _module(op: str, variant: int) -> nn.Module | None:
     if op == "cat":
         return nn.Conv2d(16, 8, 1)
     return None
+
+
+def _function(op: str, y: Tensor, z: Tensor, variant: int) -> Tensor:
+    """The steps without a module."""
+    if op == "add":
+        made = y + z if variant % 3 else y + z[:, :1]
+        return ACTIVATIONS[variant % 4](made) if variant % 2 else made
+    if op == "mul":
+        return y * torch.sigmoid(F.adaptive_avg_pool2d(z, 1)) if variant % 2 else y * z
+    if op == "join":
+        return (torch.maximum, torch.minimum, torch.sub, torch.add)[variant % 4](y, z)
+    if op == "constant":
+        return CONSTANTS[variant % len(CONSTANTS)](y)
+    if op == "dtype":
+        return DTYPES[variant % len(DTYPES)](y, z)
+    if op == "product":
+        return (
+            (y @ z.transpose(-1, -2)) @ y
+            if variant % 2
+            else torch.bmm(
+                torch.bmm(y.flatten(0, 1), z.flatten(0, 1).transpose(1, 2)), y.flatten(0, 1)
+            ).view(y.shape)
+        )
+    if op == "act":
+        return ACTIVATIONS[variant % len(ACTIVATIONS)](y)
+    return MOVES[variant % len(MOVES)](y)
 
 
 class Random(nn.Module):
@@ -117,18 +173,12 @@ class Random(nn.Module):
             return self.stem(y[:, :3])
         if op == "cat":
             return self.ops[index](torch.cat([y, z], 1))
-        if op == "add":
-            made = y + z if variant % 3 else y + z[:, :1]
-            return ACTIVATIONS[variant % 4](made) if variant % 2 else made
-        if op == "mul":
-            return y * torch.sigmoid(F.adaptive_avg_pool2d(z, 1)) if variant % 2 else y * z
-        if op == "act":
-            return ACTIVATIONS[variant % len(ACTIVATIONS)](y)
-        return MOVES[variant % len(MOVES)](y)
+        return _function(op, y, z, variant)
 
 
 _OPS = ["conv"] * 3 + ["residual"] * 5 + ["block"] * 4 + ["act"] * 3 + ["add"] * 2
 _OPS += ["move"] * 4 + ["cat"] * 2 + ["mul", "norm", "linear", "up", "again"]
+_OPS += ["constant"] * 2 + ["dtype"] * 2 + ["join"] * 2 + ["product"]
 
 STEPS = st.lists(
     st.tuples(st.sampled_from(_OPS), st.integers(0, 3), st.integers(0, 3), st.integers(0, 59)),
@@ -162,6 +212,10 @@ def _check(steps: list[Step], outputs: list[int], head: bool, seed: int, default
             for a, b, c in zip(given, wanted, again, strict=True):
                 assert a.shape == b.shape
                 assert torch.equal(a, c)
+    for gm in (prepared, reference, int8):
+        for row in explain(gm).rows:
+            assert row.runs is not Runs.FP32 or row.reason, row
+            assert "please report" not in row.reason, row
     assert all(torch.equal(kept[name], value) for name, value in model.state_dict().items())
 
 
@@ -177,7 +231,7 @@ def test_random_networks(
 
 
 @pytest.mark.slow
-@settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(STEPS, st.lists(st.integers(0, 3), min_size=1, max_size=3), st.booleans(),
        st.integers(0, 10_000), st.booleans())  # fmt: skip
 def test_many_random_networks(

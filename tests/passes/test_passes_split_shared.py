@@ -169,3 +169,18 @@ def test_compat_shares_as_torch() -> None:
     prepared(X)
     int8 = convert_compat(prepared)
     assert "requantized here" not in str(explain(int8).rows)
+
+
+def test_a_branch_in_two_widths_is_told() -> None:
+    """Its readers want other integers: 4 bits for one, 8 for the other."""
+    narrow = QConfig(
+        activation=MinMaxObserver.with_args(dtype=torch.quint8, quant_min=0, quant_max=15),
+        weight=get_default_qconfig().weight,
+    )
+    prepared = _prepared(Skip(1.0, 1), {"": QUICK, "down.0": narrow})
+    int8 = convert_fx(prepared)
+    notes = explain(int8).row("down_0").notes
+    assert any("'relu' is uint8 affine 0..255 for others" in note for note in notes)
+    assert any("quantized again to uint8 affine 0..15 for this" in note for note in notes)
+    with torch.no_grad():
+        assert parity(convert_to_reference_fx(prepared), int8, (X,)).ok
