@@ -24,6 +24,7 @@ from torch import Tensor
 from fxquant import get_default_qconfig, plan_mixed_precision, quantize
 from fxquant.graph_module import QuantGraphModule
 from fxquant.models_zoo import metrics
+from fxquant.models_zoo.data import AGREEMENT_VARIANTS
 from fxquant.models_zoo.registry import ZooEntry, load
 from fxquant.observers import default_weight_observer
 from fxquant.planner.build import lowered
@@ -116,24 +117,34 @@ def _interval(values: Sequence[float]) -> str:
 # -- fragile --------------------------------------------------------------------------------------
 
 
-def halves(entry: ZooEntry) -> tuple[list[Tensor], list[Tensor]]:
+class Half:
+    """Inputs, and what the FP32 model says of them."""
+
+    def __init__(self, entry: ZooEntry, inputs: Sequence[Tensor]) -> None:
+        self.entry = entry
+        self.inputs = inputs
+        self.expected = entry.logits(entry.model, inputs)
+
+    def agreement(self, model: QuantGraphModule) -> float:
+        """Percent of the inputs to which ``model`` gives the FP32 model's class."""
+        return metrics.agreement(self.expected, self.entry.logits(model, self.inputs))
+
+
+def halves(entry: ZooEntry) -> tuple[Half, Half]:
     """The agreement inputs of one half of the images, and of the other."""
     batches = list(entry.agreement_inputs())
-    views = len(batches) // 5
-    first = [b for i, b in enumerate(batches) if i % views < views // 2]
-    return first, [b for i, b in enumerate(batches) if i % views >= views // 2]
-
-
-def agreement(entry: ZooEntry, model: QuantGraphModule, inputs: Sequence[Tensor]) -> float:
-    return metrics.agreement(entry.logits(entry.model, inputs), entry.logits(model, inputs))
+    each = len(batches) // AGREEMENT_VARIANTS
+    first = [b for i, b in enumerate(batches) if i % each < each // 2]
+    other = [b for i, b in enumerate(batches) if i % each >= each // 2]
+    return Half(entry, first), Half(entry, other)
 
 
 def fragile(options: argparse.Namespace) -> None:
     entry = load("efficientnet_lite0")
     mine, theirs = halves(entry)
-    one = (mine[0][:1],)
+    one = (mine.inputs[0][:1],)
     per_channel = quantize(entry.model, entry.calibration, progress=False)
-    known = agreement(entry, per_channel, mine)
+    known = mine.agreement(per_channel)
     drop = 100 - known + SLACK
     sys.stderr.write(f"per channel agrees on {known:.2f} %; budget {drop:.2f}\n")
     plan = plan_mixed_precision(
@@ -141,7 +152,7 @@ def fragile(options: argparse.Namespace) -> None:
         [entry.calibration[0][: options.images]],
         budget={"accuracy_drop": drop},
         strategy=options.strategy,
-        judge_data=mine,
+        judge_data=mine.inputs,
         qconfig_mapping={"": PER_TENSOR},
         example_inputs=one,
         repeats=options.repeats,
@@ -166,7 +177,7 @@ def fragile(options: argparse.Namespace) -> None:
         rows.append(
             (
                 name,
-                f"{agreement(entry, model, theirs):.2f} %",
+                f"{theirs.agreement(model):.2f} %",
                 f"{100 * int8_share(model):.1f} %",
                 f"{statistics.median(took):.2f} ms ({min(took):.2f} to {max(took):.2f})",
                 _interval(ratio),

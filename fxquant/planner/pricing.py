@@ -32,6 +32,7 @@ from fxquant.planner.units import Share, Unit, Wiring, shares_of, wiring_of
 from fxquant.run_record import constants_of
 from fxquant.sensitivity.network import FP32, Assignment, CalibratedNetwork
 
+_CALL: Final = 100e-6
 _RUNS: Final = {Runs.BF16: "bfloat16", Runs.FP16: "float16", Runs.INT8: INTEGERS}
 
 
@@ -249,13 +250,16 @@ def _measure(
 
 
 def _fixed(graphs: Sequence[_Graph]) -> float:
-    """Seconds of a call that are of no unit: sizes and numbers, and the call itself."""
-    found = []
+    """Seconds of a call that are of no unit: sizes and numbers, and the call itself.
+
+    What a call takes beside its nodes is little; more than :data:`_CALL` is interference.
+    """
+    numbers, overheads = [], [_CALL]
     for graph in graphs:
         assert graph.times is not None
-        numbers = sum(graph.times.nodes[name] for name in graph.share.rest)
-        found.append(numbers + graph.times.overhead)
-    return sum(found) / len(found)
+        numbers.append(sum(graph.times.nodes[name] for name in graph.share.rest))
+        overheads.append(graph.times.overhead)
+    return sum(numbers) / len(numbers) + min(overheads)
 
 
 # -- choices --------------------------------------------------------------------------------------

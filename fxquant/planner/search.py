@@ -8,12 +8,13 @@ hull of what is possible; what lies inside the hull is found by :func:`pareto`.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import networkx as nx
 
@@ -386,12 +387,32 @@ def nondominated(
     problem: Problem, assignments: Iterable[Assignment]
 ) -> list[tuple[Costs, Assignment]]:
     """Those that no other one dominates, fastest first."""
-    scored = {a: problem.costs(a) for a in assignments}
-    kept: list[tuple[Costs, Assignment]] = []
-    for assignment, costs in sorted(scored.items(), key=lambda item: item[1].vector):
-        same = any(c.dominates(costs) or c.vector == costs.vector for c, _ in kept)
-        if not same:
-            kept.append((costs, assignment))
+    scored = [(problem.costs(a), a) for a in dict.fromkeys(assignments)]
+    return _unbeaten(scored)
+
+
+_Item = TypeVar("_Item")
+
+
+def _unbeaten(scored: list[tuple[Costs, _Item]]) -> list[tuple[Costs, _Item]]:
+    """Those whose costs no other ones beat or equal, fastest first.
+
+    In the order of latency, one is beaten if one before it costs no more damage and no more bytes;
+    of those before, a staircase of falling size over rising damage says that.
+    """
+    damages: list[float] = []
+    sizes: list[float] = []
+    kept = []
+    for costs, item in sorted(scored, key=lambda pair: pair[0].vector):
+        at = bisect.bisect_right(damages, costs.damage)
+        if at and sizes[at - 1] <= costs.size:
+            continue
+        kept.append((costs, item))
+        at = bisect.bisect_left(damages, costs.damage)
+        end = at
+        while end < len(sizes) and sizes[end] >= costs.size:
+            end += 1
+        damages[at:end], sizes[at:end] = [costs.damage], [costs.size]
     return kept
 
 
@@ -423,10 +444,7 @@ def pareto(problem: Problem, *, front: int = _FRONT, states: int = 64) -> list[A
 
 
 def _thinned(pasts: list[tuple[Costs, Any]], front: int) -> list[tuple[Costs, Any]]:
-    kept: list[tuple[Costs, Any]] = []
-    for costs, past in sorted(pasts, key=lambda item: item[0].vector):
-        if not any(c.dominates(costs) or c.vector == costs.vector for c, _ in kept):
-            kept.append((costs, past))
+    kept = _unbeaten(pasts)
     if len(kept) <= front:
         return kept
     return [kept[round(i * (len(kept) - 1) / (front - 1))] for i in range(front)]
