@@ -214,6 +214,11 @@ class Diagnostics:
         if not self.silent:
             warnings.warn(message, category, stacklevel=_user_stacklevel())
 
+    def pass_on(self, other: Diagnostics) -> None:
+        """Emit what ``other``, a silent one, has collected."""
+        for category, message in other.messages:
+            self.warn(message, category)
+
 
 def _user_stacklevel() -> int:
     """The stack level of the first frame outside fxquant, so the warning shows the user's line."""

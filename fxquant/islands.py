@@ -331,8 +331,7 @@ class _Search:
         if name in dict(graph.state.islands):
             return "it cannot be traced either"
         record_shapes(graph, examples, quiet)
-        for category, message in quiet.messages:
-            self.options.diagnostics.warn(message, category)
+        self.options.diagnostics.pass_on(quiet)
         _rename(graph, name.replace(".", "_"))
         calls = 1 if seen is None else max(1, seen.calls)
         ledger = build_ledger(graph)

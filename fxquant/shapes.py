@@ -154,9 +154,8 @@ def _run(
     gm: QuantGraphModule, example_inputs: object, *, fake: bool
 ) -> dict[str, ValueRecord] | Exception:
     """The records of a run in evaluation mode, or why there are none."""
-    shared: list[torch.Tensor] = [*gm.parameters(), *(gm.buffers() if fake else ())]
-    try:
-        scratch = copy.deepcopy(gm, {id(tensor): tensor for tensor in shared}).eval()
+    try:  # what a graph writes in place, it writes even in fake mode: buffers are copied
+        scratch = copy.deepcopy(gm, {id(tensor): tensor for tensor in gm.parameters()}).eval()
         with contextlib.ExitStack() as stack:
             make: Callable[[torch.Tensor], torch.Tensor] = torch.clone
             if fake:

@@ -262,6 +262,63 @@ def test_guards_of_sizes_stay() -> None:
         int8(floats(1, 4))
 
 
+class Steps(nn.Module):
+    """Counts its calls in a buffer; holds a constant; takes an optional input and a flag."""
+
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, flag: bool = True) -> Tensor:
+        self.count.add_(1)
+        y = self.fc(x) if mask is None or not flag else self.fc(x) * mask
+        return y + self.count + torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_buffers_constants_and_inputs_that_are_no_tensors(*, masked: bool) -> None:
+    x = floats(3, 4)
+    inputs = (x, torch.ones(3, 4)) if masked else (x, None, False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        program = torch.export.export(Steps().eval(), inputs, strict=False)
+    gm = prepare_fx(program, None, inputs)
+    module = program.module()
+    for _ in range(3):
+        assert torch.equal(gm(*inputs), module(*inputs))
+    int8 = convert_fx(gm)
+    assert int8.count.item() == 3  # type: ignore[operator]  # a buffer
+    assert audit(int8, inputs).mac_coverage == 1.0
+
+
+class Conditional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.one(x)
+        return self.last(
+            torch.cond(x.sum() > 0, lambda y: self.one(y), lambda y: self.two(y), (x,))
+        )
+
+
+def test_higher_order_operators_run_as_they_are() -> None:
+    """``torch.cond`` and ``no_grad`` are graphs in the graph: what is in them stays in FP32."""
+    model, x = Conditional().eval(), floats(3, 4)
+    gm = prepare_fx(exported(model, x, free=False), None, (x,))
+    int8 = convert_fx(calibrate(gm, [(x,), (-x,)]))
+    assert explain(int8).row("cond").runs is Runs.FP32
+    assert explain(int8).row("last").runs is Runs.INT8
+    for sign in (1, -1):
+        torch.testing.assert_close(int8(sign * x), model(sign * x), rtol=0, atol=0.05)
+
+
 # -- whole models ---------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxquant.capture import capture
 from fxquant.errors import CaptureWarning, Diagnostics, StrictModeError
@@ -101,8 +101,7 @@ class _Leaf(nn.ReLU):
 
 
 def test_values_that_decide_shapes_need_a_real_run() -> None:
-    with pytest.warns(CaptureWarning, match="opaque island"):
-        gm = capture(NeedsValues(), Diagnostics())
+    gm = capture(NeedsValues(), Diagnostics())
     x = torch.tensor([0.5, 2.0, 3.0])
     assert record_shapes(gm, (x,), Diagnostics())
     assert value(gm, "getitem_1") == TensorRecord(shape=(2,), dtype=torch.float32)
@@ -111,9 +110,26 @@ def test_values_that_decide_shapes_need_a_real_run() -> None:
     assert not hasattr(gm.leaf, "last")
 
 
+def test_a_fake_run_writes_no_buffer() -> None:
+    class Counts(nn.Module):
+        count: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(1))
+
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(
+        graph.call_method("add", (x, graph.call_method("add_", (graph.get_attr("count"), 1))))
+    )
+    gm = capture(fx.GraphModule(Counts(), graph), Diagnostics())
+    assert record_shapes(gm, (torch.ones(2),), Diagnostics())
+    assert gm.count.tolist() == [0.0]
+
+
 def test_a_fake_run_leaves_no_fake_tensor_behind() -> None:
-    with pytest.warns(CaptureWarning, match="opaque island"):
-        gm = capture(nn.Sequential(_Leaf()), Diagnostics())
+    gm = capture(nn.Sequential(_Leaf()), Diagnostics())
     assert record_shapes(gm, (IMAGES,), Diagnostics())
     assert not hasattr(gm.get_submodule("0"), "last")
 
