@@ -27,6 +27,7 @@ from fxquant.passes.inline_modules import InlineModules
 from fxquant.passes.insert_channel_means import InsertChannelMeans
 from fxquant.passes.insert_observers import InsertObservers
 from fxquant.passes.insert_shared_observers import InsertSharedObservers
+from fxquant.passes.join_fused import JoinFused
 from fxquant.passes.lower import Lower
 from fxquant.passes.mark_boundary import MarkBoundary
 from fxquant.passes.nest_modules import NestModules
@@ -45,7 +46,12 @@ from fxquant.passes.take_pieces import TakePieces
 from fxquant.passes.tell_unhonoured import TellUnhonoured
 from fxquant.passes.to_reference import TorchNames, ToReference
 from fxquant.passes.train_weights import TrainWeights
-from fxquant.patterns.library import FUSION_PATTERNS, QAT_FUSION_PATTERNS, with_any_operand
+from fxquant.patterns.library import (
+    FUSION_PATTERNS,
+    QAT_FUSION_PATTERNS,
+    of_any_shape,
+    with_any_operand,
+)
 from fxquant.qconfig_mapping import QConfigMapping
 
 
@@ -59,6 +65,27 @@ def fuse_pipeline() -> Pipeline:
             RemoveIdentities(),  # dropout and identity would stand between pattern members
             FoldBatchNorm(),  # weights must be final before they are observed
         ),
+    )
+
+
+def compat_fuse_pipeline() -> Pipeline:
+    """Float graph to float graph: what torch.ao makes one module of, made one."""
+    fuse = FusePatterns(
+        of_any_shape(with_any_operand(FUSION_PATTERNS)),
+        agreement=(),
+        governing=TorchFusionRule(QConfigMapping()),
+    )
+    return Pipeline(
+        "compat-fuse",
+        (
+            FuseListed(),  # the user's functions come before ours
+            Functionalize(),  # in-place writes would hide who reads what
+            FoldBatchNorm(folded_as_torch),  # what is behind a batch-norm is behind its layer
+            fuse,  # marks what belongs together
+            JoinFused(),  # callers look for one module
+        ),
+        # Identities stay; there are no qconfigs to ask.
+        given=frozenset({Fact.NO_IDENTITIES, Fact.QCONFIGS}),
     )
 
 

@@ -15,7 +15,7 @@ from fxquant.patterns.convolution_batch_norm import (
     CONVOLUTION_BATCH_NORM_QAT,
 )
 from fxquant.patterns.elementwise import ELEMENTWISE_ACTIVATION
-from fxquant.patterns.guards import not_scalar_operand, unit_alpha
+from fxquant.patterns.guards import not_scalar_operand, same_shape, unit_alpha
 from fxquant.patterns.linear import LINEAR_ACTIVATION
 from fxquant.patterns.matrix_product import MATRIX_PRODUCT_ACTIVATION
 from fxquant.patterns.pattern import Pattern
@@ -54,6 +54,14 @@ def with_any_operand(patterns: Iterable[Pattern]) -> tuple[Pattern, ...]:
         replace(pattern, guards=tuple(g for g in pattern.guards if g not in dropped))
         if pattern in ELEMENTWISE_ACTIVATION
         else pattern
+        for pattern in patterns
+    )
+
+
+def of_any_shape(patterns: Iterable[Pattern]) -> tuple[Pattern, ...]:
+    """``patterns``, of which no two operands need the same shape: for what computes in float."""
+    return tuple(
+        replace(pattern, guards=tuple(g for g in pattern.guards if g is not same_shape))
         for pattern in patterns
     )
 

@@ -41,11 +41,11 @@ from fxquant.passes.propagate_qconfigs import subject
 from fxquant.passes.to_reference import TorchNames, is_observer
 from fxquant.pipelines import (
     compat_folding_pipeline,
+    compat_fuse_pipeline,
     compat_lowering_pipeline,
     compat_prepare_pipeline,
     compat_qat_prepare_pipeline,
     compat_reference_pipeline,
-    fuse_pipeline,
 )
 from fxquant.qconfig_mapping import QConfigMapping, normalize, resolve
 from fxquant.rewriter import GraphRewriter
@@ -428,7 +428,10 @@ def fuse_fx(
     fuse_custom_config: FuseCustomConfig | Mapping[str, Any] | Any = None,
     backend_config: BackendConfig | Mapping[str, Any] | Any = None,
 ) -> QuantGraphModule:
-    """Trace ``model`` and fold its batch-norms; nothing is quantized.
+    """Trace ``model``, fold its batch-norms, and put activations into the layers before them.
+
+    Nothing is quantized. A layer and the activation behind it are one module, under the name of the
+    layer; only that is left.
 
     Args:
         model: a module in evaluation mode. It is not touched.
@@ -444,7 +447,7 @@ def fuse_fx(
     record_shapes(gm, None, diagnostics)
     gm.update_state(ledger=build_ledger(gm))
     context = PassContext(target=_target(backend_config), diagnostics=diagnostics)
-    fuse_pipeline().run(gm, context)
+    compat_fuse_pipeline().run(gm, context)
     gm.update_state(stage=Stage.FUSED)
     preserve(gm, model, config.preserved_attributes)
     return gm

@@ -8,6 +8,7 @@ from pathlib import Path
 from fxquant.passes.inline_references import InlineReferences
 from fxquant.pipelines import (
     compat_folding_pipeline,
+    compat_fuse_pipeline,
     compat_lowering_pipeline,
     compat_prepare_pipeline,
     compat_qat_prepare_pipeline,
@@ -28,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 def test_every_pass_has_its_file_and_its_entry() -> None:
     pipelines = (
         fuse_pipeline(),
+        compat_fuse_pipeline(),
         equalize_pipeline(),
         prepare_pipeline(QConfigMapping(), ()),
         qat_prepare_pipeline(QConfigMapping(), ()),
