@@ -20,6 +20,7 @@ Both modes estimate an MSE of the output, up to a factor.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -35,7 +36,7 @@ from fxquant.sensitivity.activations import tensors_in
 from fxquant.sensitivity.feeding import BoundBatch, count_inputs
 from fxquant.sensitivity.layers import Layer
 from fxquant.sensitivity.network import FP32, Assignment, CalibratedNetwork
-from fxquant.sensitivity.simulator import Simulator, find_node
+from fxquant.sensitivity.simulator import Program, Simulator, find_node, leaving
 from fxquant.slices import quantize_rows
 from fxquant.specs import dequantize, quantize
 
@@ -99,42 +100,53 @@ class Estimator:
         """Layer -> the MSE of the model's output, if the network were linear."""
         sums = dict.fromkeys((layer.name for layer in self.network.layers), 0.0)
         total = 0
-        errors = self._errors()
-        for batch, local in zip(self.network.batches, errors, strict=True):
+        sites = self._sites()
+        owners = {site.node: site.layer for site in sites}
+        for batch, errors in zip(self.network.batches, self._errors(sites), strict=True):
             for _ in range(self.probes):
-                run = _Perturbed(self.graph, batch, self.heads, at_output=True)
+                run = _Perturbed(self.graph, batch, owners, at_output=True)
                 outputs = _floats(run.run())
                 total += sum(o.numel() for o in outputs)
-                heads = [head for head in run.added if head in local]
+                names = [name for name in run.added if name in errors]
                 probe = [torch.randn(o.shape, generator=self.generator).to(o) for o in outputs]
                 value = torch.stack([(o * v).sum() for o, v in zip(outputs, probe, strict=True)])
                 gradients = torch.autograd.grad(
-                    value.sum(), [run.added[head] for head in heads], allow_unused=True
+                    value.sum(), [run.added[name] for name in names], allow_unused=True
                 )
-                for head, gradient in zip(heads, gradients, strict=True):
+                for name, gradient in zip(names, gradients, strict=True):
                     if gradient is not None:
-                        layer = self.heads[head].name
-                        sums[layer] += _squares(gradient, local[head], count_inputs(batch))
+                        squares = _squares(gradient, errors[name], count_inputs(batch))
+                        sums[owners[name].name] += squares
                 self.tick()
         return {name: value / total for name, value in sums.items()}
 
-    def _errors(self) -> Iterator[dict[str, Tensor]]:
-        """For each batch: head -> the error of its own output when its layer alone is lowered."""
+    def _sites(self) -> list[_Site]:
+        """Where the error of each layer is seen, when it alone is lowered."""
+        sites = []
+        for layer in self.network.layers:
+            program = self.simulator.alone((layer.name,), self.precision)
+            end = leaving(program, layer)
+            if end != layer.last and end not in layer.nodes:  # its result is rounded, not its op's
+                sites.append(_Site(layer=layer, node=layer.last, seen=end, program=program))
+                continue
+            for head in layer.heads:
+                if head in program.numbers:
+                    sites.append(_Site(layer=layer, node=head, seen=head, program=program))
+        return sites
+
+    def _errors(self, sites: Sequence[_Site]) -> Iterator[dict[str, Tensor]]:
+        """For each batch: node -> the error of its value when its layer alone is lowered."""
         floats = self.simulator.program(Assignment(rest=FP32))
         self.simulator.anchor(floats)
-        programs = [
-            (layer, self.simulator.program(Assignment({layer.name: self.precision}, FP32)))
-            for layer in self.network.layers
-        ]
         self.simulator.store.start_round()
         for batch in range(len(self.network.batches)):
             found: dict[str, Tensor] = {}
-            for layer, program in programs:
-                present = [head for head in layer.heads if head in program.numbers]
-                lowered = self.simulator.run(program, batch, present)
-                exact = self.simulator.run(floats, batch, present)
-                program.constants.clear()
-                found |= {head: lowered[head] - exact[head] for head in present}
+            for site in sites:
+                lowered = self.simulator.run(site.program, batch, [site.seen])[site.seen]
+                exact = self.simulator.run(floats, batch, [site.node])[site.node]
+                site.program.constants.clear()
+                if isinstance(exact, Tensor):
+                    found[site.node] = lowered - exact
             yield found
 
     # -- Hessian ----------------------------------------------------------------------------------
@@ -219,6 +231,23 @@ class Estimator:
                 error = dequantize(quantize(value, qparams), qparams) - value
                 found[head] = float(error.double().square().mean())
         return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Site:
+    """A value at which a layer's error is seen.
+
+    Attributes:
+        layer: whose error it is.
+        node: of the float graph.
+        seen: node of the program that has its value there.
+        program: lowers the layer alone.
+    """
+
+    layer: Layer
+    node: str
+    seen: str
+    program: Program
 
 
 class _Perturbed(BoundInterpreter):

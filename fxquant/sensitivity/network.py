@@ -164,10 +164,11 @@ class CalibratedNetwork:
         if calibration_data is not None:
             watched_batches = bind_batches(self.graph, calibration_data, forward)
         self.statistics = Statistics(self.graph, watched_batches)
-        self.annotated = self._annotated(INT8)
-        others = [name for name in self.precisions if name != FP32]
+        names = [INT8, *(name for name in self.precisions if name != FP32)]
+        self._annotations = {name: self._annotated(name) for name in names}
+        self.annotated = self._annotations[INT8]
         self.layers = find_layers(
-            [self.annotated, *map(self._annotated, others)],
+            list(self._annotations.values()),
             {name: type(module) for name, module in model.named_modules()},
         )
         self._by_name = {layer.name: layer for layer in self.layers}
@@ -200,6 +201,16 @@ class CalibratedNetwork:
         """The qconfig of a node of the float graph in a precision."""
         found = next(n for n in self.graph.graph.nodes if n.name == node)
         return self._qconfig(found, precision)
+
+    def lowers(self, layer: str, precision: str) -> bool:
+        """Whether a precision changes a layer at all, everything else lowered too."""
+        if precision not in self._annotations:
+            return False
+        heads = self.layer(layer).heads
+        records = [
+            record_of(n) for n in self._annotations[precision].graph.nodes if n.name in heads
+        ]
+        return any(r.annotation is not None or r.runs_in is not None for r in records)
 
     # -- graphs -----------------------------------------------------------------------------------
 

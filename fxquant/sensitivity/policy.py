@@ -7,7 +7,8 @@ A layer is *fragile* when
 * else, one layer lowered at a time: when it alone adds noise of 1 % of the output's power (20 dB),
   or of 0.1 % (30 dB) and ten times that of the median layer. For the metrics other than SQNR,
   which are noises themselves, ten times the median decides alone;
-* else, all but one lowered: when the network loses a quarter of its noise with the layer in FP32.
+* else, all but one lowered: when the network loses a quarter of its noise with the layer in FP32,
+  and, of SQNR, 0.1 % of the output's power.
 
 A fragile layer gets the cure that leaves the least damage (the plainest of those within a factor of
 two), where one was tried that leaves at most a quarter and makes it not fragile; else it stays in
@@ -257,9 +258,11 @@ def _strengths(evidence: Evidence, metric: str) -> dict[str, float]:
     if evidence.all_but_one:
         assert evidence.baseline is not None
         whole = evidence.noise(evidence.baseline, metric)
-        return {
-            n: (whole - v) / whole / _SHARE_REMOVED if whole else 0.0 for n, v in noises.items()
-        }
+        saved = {name: max(whole - v, 0.0) for name, v in noises.items()}
+        shares = {n: v / whole / _SHARE_REMOVED if whole else 0.0 for n, v in saved.items()}
+        if metric != "sqnr":
+            return shares
+        return {name: min(share, saved[name] / _SMALL_NOISE) for name, share in shares.items()}
     median = statistics.median(noises.values())
     return {name: _strength(value, median, metric) for name, value in noises.items()}
 

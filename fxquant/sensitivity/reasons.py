@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from fxquant.sensitivity.cures import CURE_BY_NAME
 from fxquant.sensitivity.network import FP32
 from fxquant.sensitivity.policy import UNCURED, Decision
@@ -20,6 +22,9 @@ def reason_of(result: LayerResult, decision: Decision, precision: str) -> str:
         precision: that was analysed.
     """
     parts = []
+    found = result.measurements.get(precision)
+    if found is not None and found.layer is not None and found.layer.sqnr == math.inf:
+        parts.append(f"{precision} rounds nothing here")
     if decision.fragile:
         parts.append(cause_of(result))
     if decision.cure:

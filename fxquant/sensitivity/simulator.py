@@ -33,7 +33,6 @@ of the network.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -46,6 +45,7 @@ from torch import Tensor, fx, nn
 
 from fxquant.autocast import no_autocast
 from fxquant.capture import own_copy
+from fxquant.dataflow import is_float_tensor
 from fxquant.errors import ConfigError
 from fxquant.graph_module import QuantGraphModule
 from fxquant.metadata import record_of
@@ -56,6 +56,7 @@ from fxquant.passes.cancel_quantize import CancelQuantize
 from fxquant.rewriter import GraphRewriter
 from fxquant.sensitivity.activations import ActivationStore, StoreCounts
 from fxquant.sensitivity.feeding import placeholder_value
+from fxquant.sensitivity.layers import Layer
 from fxquant.sensitivity.network import FP32, Assignment, CalibratedNetwork
 
 PARTS: Final = ("weight", "input", "output")
@@ -121,6 +122,7 @@ class Simulator:
         self._anchored: set[int] = set()
         self._digests = _Digests(network.graph)
         self._floats: QuantGraphModule | None = None
+        self._float_result: int | None = None
         self._last_apart: tuple[Any, QuantGraphModule] | None = None
 
     @property
@@ -164,6 +166,22 @@ class Simulator:
         assert isinstance(gm, QuantGraphModule)
         _lower_parts(gm, self.network, assignment, parts, self._float_graph())
         return self.program_of(assignment, gm)
+
+    def alone(self, layers: Collection[str], precision: str) -> Program:
+        """The program in which these layers alone are lowered.
+
+        An op that has no kernel which writes floats (a matrix product, a sum) is lowered only where
+        its readers take integers, which none does here: its inputs and its output are rounded.
+        """
+        assignment = Assignment(dict.fromkeys(layers, precision), FP32)
+        program = self.program(assignment)
+        if self._float_result is None:
+            floats = self.program_of(Assignment(rest=FP32), self._float_graph())
+            self._float_result = floats.numbers[floats.output.name]
+        same = program.numbers[program.output.name] == self._float_result
+        if same and any(self.network.lowers(name, precision) for name in layers):
+            return self.program(assignment, parts=("input", "output"))
+        return program
 
     def _apart(self, assignment: Assignment) -> QuantGraphModule:
         """The graph of an assignment with every conversion in its place, nothing absorbed."""
@@ -354,6 +372,18 @@ def find_node(gm: fx.GraphModule, name: str) -> fx.Node:
     raise ConfigError(f"the graph has no node {name!r}")
 
 
+def leaving(program: Program, group: Layer) -> str:
+    """The node of ``program`` whose value leaves a group of layers, rounded where it is."""
+    nodes: dict[str, fx.Node] = {node.name: node for node in program.module.graph.nodes}
+    name = next(n for n in reversed(group.nodes) if n in nodes)  # an absorbed clamp is gone
+    readers = list(nodes[name].users)
+    if len(readers) == 1 and readers[0].target is QUANTIZE:
+        rounded = [user for user in readers[0].users if user.target is DEQUANTIZE]
+        if rounded:
+            return rounded[0].name
+    return name
+
+
 class _Digests:
     """Stand-ins for tensors and modules that are equal where contents are.
 
@@ -415,9 +445,11 @@ def _lower_parts(
             source = _rounded_activation(node)
             if source is not None:
                 rewriter.replace_uses(node, source)
-    if "output" in parts:
-        for name in assignment.layers:
-            _round_output(rewriter, network, name, assignment.layers[name])
+    for name, precision in assignment.layers.items():
+        if "input" in parts:
+            _round_inputs(rewriter, network, name, precision)
+        if "output" in parts:
+            _round_output(rewriter, network, name, precision)
     gm.graph.eliminate_dead_code()
     rewriter.finish()
 
@@ -458,25 +490,56 @@ def _restore_weights(rewriter: GraphRewriter, floats: QuantGraphModule) -> None:
 def _round_output(
     rewriter: GraphRewriter, network: CalibratedNetwork, name: str, precision: str
 ) -> None:
-    """Quantize and dequantize the value that leaves a layer, as a reader of integers would."""
-    gm = rewriter.gm
-    nodes = {node.name: node for node in gm.graph.nodes}
+    """Round the value that leaves a layer, as a reader of integers would."""
+    nodes = {node.name: node for node in rewriter.gm.graph.nodes}
     layer = network.layer(name)
     last, head = nodes[layer.last], nodes[layer.heads[-1]]
-    qconfig = network.qconfig_of(head.name, precision)
-    qparams = None if qconfig is None else network.statistics.qparams(last.name, qconfig)
+    _round_value(rewriter, network, (last, head.name, precision), list(last.users))
+
+
+def _round_inputs(
+    rewriter: GraphRewriter, network: CalibratedNetwork, name: str, precision: str
+) -> None:
+    """Round what the heads of a layer read that convert would not lower alone.
+
+    Such an op has no kernel that writes floats, so it is int8 only where readers take integers.
+    """
+    nodes = {node.name: node for node in rewriter.gm.graph.nodes}
+    for head in network.layer(name).heads:
+        op = op_of(rewriter.gm, nodes[head])
+        record = record_of(nodes[head])
+        if op is None or record.annotation is not None or record.runs_in is not None:
+            continue
+        for source in dict.fromkeys(op.activations):
+            if source.op != "get_attr":
+                _round_value(rewriter, network, (source, head, precision), [nodes[head]])
+
+
+def _round_value(
+    rewriter: GraphRewriter,
+    network: CalibratedNetwork,
+    what: tuple[fx.Node, str, str],
+    readers: Sequence[fx.Node],
+) -> None:
+    """Let readers of a value read it rounded, by the qconfig of a node in a precision."""
+    value, node, precision = what
+    qconfig = network.qconfig_of(node, precision)
+    if qconfig is None or not is_float_tensor(rewriter.gm, value):
+        return
+    qparams = network.statistics.qparams(value.name, qconfig)
     if qparams is None:
         return
     spec = qparams.spec
     low, high = network.target.saturation(spec)
-    readers = list(last.users)
-    scale = rewriter.new_buffer(f"{last.name}_output_scale", copy.copy(qparams.scale))
-    zero = rewriter.new_buffer(f"{last.name}_output_zero_point", copy.copy(qparams.zero_point))
-    after = last.next
-    parameters = [rewriter.get_attr(path, before=after, like=last) for path in (scale, zero)]
+    after = value.next
+    names = [
+        rewriter.new_buffer(f"{value.name}_rounded_{name}", tensor.clone())
+        for name, tensor in (("scale", qparams.scale), ("zero_point", qparams.zero_point))
+    ]
+    parameters = [rewriter.get_attr(path, before=after, like=value) for path in names]
     quantized = rewriter.call(
-        QUANTIZE, (last, *parameters, low, high, spec.dtype), before=after, like=last
+        QUANTIZE, (value, *parameters, low, high, spec.dtype), before=after, like=value
     )
-    rounded = rewriter.call(DEQUANTIZE, (quantized, *parameters), before=after, like=last)
+    rounded = rewriter.call(DEQUANTIZE, (quantized, *parameters), before=after, like=value)
     for reader in readers:
-        rewriter.replace_argument(reader, last, rounded)
+        rewriter.replace_argument(reader, value, rounded)

@@ -17,11 +17,11 @@ from fxquant.collectors import Collector, HistogramCollector, MinMaxCollector
 from fxquant.graph_module import QuantGraphModule
 from fxquant.inputs import BoundInterpreter
 from fxquant.metadata import record_of
-from fxquant.observed import qparams_of, spec_of_observer
+from fxquant.observed import qparams_of
 from fxquant.passes.insert_channel_means import CHANNEL_MEAN_PREFIX
 from fxquant.passes.insert_observers import OBSERVER_PREFIX, on_device
 from fxquant.passes.to_reference import is_observer, reads_weight
-from fxquant.qconfig import QConfig
+from fxquant.qconfig import QConfig, spec_of
 from fxquant.range_rules import RangeRule
 from fxquant.sensitivity.feeding import BoundBatch
 from fxquant.specs import QParams, QuantSpec
@@ -59,9 +59,11 @@ class Statistics:
 
     def qparams(self, value: str, qconfig: QConfig) -> QParams | None:
         """Scale and zero point of a value; ``None`` where it is rounded to no integers."""
-        observer = self.observer(value, qconfig)
-        spec = spec_of_observer(observer)
-        return None if spec.is_float or spec.is_dynamic else qparams_of(observer, spec)
+        factory = spec_of(qconfig.activation)
+        spec = None if factory is None else factory.spec
+        if spec is None or spec.is_float or spec.is_dynamic:
+            return None
+        return qparams_of(self.observer(value, qconfig), spec)
 
     def fill(self, gm: QuantGraphModule) -> None:
         """Give the observers and channel means that were inserted into ``gm`` what is known."""
@@ -161,7 +163,7 @@ class _Watching(BoundInterpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run ``n`` and show its value."""
         value = super().run_node(n)
-        for watcher in self.watchers.get(n.name, ()):
+        for watcher in self.watchers.get(n.name, ()) if isinstance(value, torch.Tensor) else ():
             watcher(value)
         return value
 

@@ -7,9 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
-from torch import fx
 
-from fxquant.operators import DEQUANTIZE, QUANTIZE
 from fxquant.sensitivity.cures import CURES
 from fxquant.sensitivity.layers import Layer
 from fxquant.sensitivity.metrics import Metrics, MetricSums, UserMetric
@@ -17,7 +15,7 @@ from fxquant.sensitivity.network import FP32, INT8, Assignment, CalibratedNetwor
 from fxquant.sensitivity.policy import UNCURED
 from fxquant.sensitivity.probes import ranges_of
 from fxquant.sensitivity.results import FIRST, LAST, LayerResult, Measurement
-from fxquant.sensitivity.simulator import PARTS, Program, Simulator
+from fxquant.sensitivity.simulator import PARTS, Program, Simulator, leaving
 
 ONE, ALL_BUT_ONE = "one", "all_but_one"
 DIRECTIONS: Final = (ONE, ALL_BUT_ONE)
@@ -113,8 +111,7 @@ class Sweep:
         for precision in self.options.precisions:
             if self.options.direction == ALL_BUT_ONE:
                 self._anchored(precision)
-            program = self.simulator.program(self.assignment(group, precision))
-            measurements[precision] = self._measured(program, group)
+            measurements[precision] = self._measured(self._program(group, precision), group)
         parts, model_parts = self._parts(group)
         return replace(
             self.described(group),
@@ -122,6 +119,12 @@ class Sweep:
             parts=parts,
             model_parts=model_parts,
         )
+
+    def _program(self, group: Layer, precision: str) -> Program:
+        """What is run for a group of layers."""
+        if self.options.direction == ONE:
+            return self.simulator.alone(group.members or (group.name,), precision)
+        return self.simulator.program(self.assignment(group, precision))
 
     def described(self, group: Layer) -> LayerResult:
         """A group of layers, nothing measured but its ranges."""
@@ -194,7 +197,8 @@ class Sweep:
         )
 
     def _parts(self, group: Layer) -> tuple[dict[str, Metrics], dict[str, Metrics]]:
-        if not self.options.attribution or group.members:
+        lowered = self.network.lowers(self._first(group).name, self.options.precisions[0])
+        if not self.options.attribution or group.members or not lowered:
             return {}, {}
         local, whole = {}, {}
         assignment = self.assignment(group, self.options.precisions[0], ONE)
@@ -231,15 +235,3 @@ class Sweep:
             place = FIRST if set(first) & set(names) else ""
             found[group.name] = place or (LAST if set(last) & set(names) else "")
         return found
-
-
-def leaving(program: Program, group: Layer) -> str:
-    """The node of ``program`` whose value leaves a group of layers, rounded where it is."""
-    nodes: dict[str, fx.Node] = {node.name: node for node in program.module.graph.nodes}
-    name = next(n for n in reversed(group.nodes) if n in nodes)  # an absorbed clamp is gone
-    readers = list(nodes[name].users)
-    if len(readers) == 1 and readers[0].target is QUANTIZE:
-        rounded = [user for user in readers[0].users if user.target is DEQUANTIZE]
-        if rounded:
-            return rounded[0].name
-    return name

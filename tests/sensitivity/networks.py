@@ -58,6 +58,35 @@ class Gates(nn.Module):
         return self.out(joined)
 
 
+class Attention(nn.Module):
+    """Matrix products and a sum that have no kernel which writes floats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.out = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        weights = torch.softmax(q @ k.transpose(0, 1), 1)
+        y = x + self.out(weights @ v)
+        return self.head(y)
+
+
+class Recurrent(nn.Module):
+    """An LSTM, which has kernels for dynamic activations only, and a linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(6, 8)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, _ = self.lstm(x.unsqueeze(1))
+        return self.fc(values[:, 0])
+
+
 def made(kind: type[nn.Module]) -> nn.Module:
     """A network in evaluation mode whose batch-norms have statistics of their own."""
     torch.manual_seed(1)
@@ -71,7 +100,7 @@ def made(kind: type[nn.Module]) -> nn.Module:
 def batches(kind: type[nn.Module], count: int = 3) -> list[Tensor]:
     """Batches of four inputs."""
     generator = torch.Generator().manual_seed(2)
-    shape = (4, 6) if kind is Gates else (4, 3, 16, 16)
+    shape = (4, 3, 16, 16) if kind is SmallResNet else (4, 6)
     return [torch.randn(shape, generator=generator) for _ in range(count)]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import Gates, SmallResNet, batches, made
+from networks import Attention, Gates, Recurrent, SmallResNet, batches, made
 from torch import Tensor, nn
 
 from fxquant import (
@@ -19,6 +19,7 @@ from fxquant import (
     analyze_sensitivity,
     calibrate,
     convert_to_reference_fx,
+    default_dynamic_qconfig,
     default_per_channel_weight_observer,
     default_weight_observer,
     fuse_fx,
@@ -172,6 +173,41 @@ def test_parts_say_where_the_error_comes_from() -> None:
     assert whole is not None
     assert parts["weight"] + parts["input"] == pytest.approx(whole.noise, rel=0.3)
     assert "weight" in report.to_markdown()
+
+
+def test_what_convert_would_not_lower_alone_is_rounded_around() -> None:
+    report = analyzed(Attention, attribution="layer", estimates=["first-order"], probes=32)
+    kinds = {result.layer.kind for result in report.results}
+    assert "matmul" in kinds
+    for result in report.results:
+        measured = result.measurements["int8"]
+        assert measured.layer is not None
+        assert math.isfinite(measured.output.sqnr), result.name
+        assert math.isfinite(measured.layer.sqnr), result.name
+        assert set(result.parts) >= {"input", "output"}
+    matmul = next(r for r in report.results if r.layer.kind == "matmul")
+    parts = {name: m.noise for name, m in matmul.parts.items()}
+    whole = matmul.measurements["int8"].layer
+    assert whole is not None
+    assert whole.noise == pytest.approx(parts["activation"])
+    # 12 inputs, 32 probes: a standard error of sqrt(2 / 384), and the network is not linear
+    truth = matmul.measurements["int8"].output.mse
+    assert matmul.estimates["first-order"] == pytest.approx(truth, rel=0.5)
+
+
+def test_a_precision_that_a_layer_cannot_have_says_so() -> None:
+    report = analyzed(
+        Recurrent,
+        dtypes=("int8", "dynamic"),
+        candidates={"dynamic": default_dynamic_qconfig},
+        attribution="layer",
+    )
+    found = report["lstm"].measurements
+    assert found["int8"].output.sqnr == math.inf
+    assert 20 < found["dynamic"].output.sqnr < math.inf
+    record = next(r for r in report.records() if r["layer"] == "lstm")
+    assert record["reason"] == "int8 rounds nothing here"
+    assert report.ranking()[0] == "fc"
 
 
 # -- estimates ------------------------------------------------------------------------------------

@@ -171,6 +171,11 @@ def test_all_but_one_counts_what_a_layer_in_fp32_saves() -> None:
     assert found.damage(found.results[1], "mse") == pytest.approx(2 * 0.01 * 0.25, rel=1e-5)
 
 
+def test_all_but_one_leaves_small_noise_alone() -> None:
+    # everything in int8: 40 dB; half of that little is no reason for FP32
+    assert verdicts(evidence(result("a", 43.0), result("b", 40.0), baseline=40.0))["a"] == "int8"
+
+
 def test_functions_of_the_user_count_what_is_lost() -> None:
     results = [result(f"r{i}", 40.0, user={"accuracy": 0.9}) for i in range(4)]
     results.append(result("x", 40.0, user={"accuracy": 0.5}))
