@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fxquant.errors import ConfigWarning
 from fxquant.explain import explain
 from fxquant.observers import MinMaxObserver, PerChannelMinMaxObserver
 from fxquant.op_rows import Runs
@@ -198,7 +200,8 @@ def _check(steps: list[Step], outputs: list[int], head: bool, seed: int, default
     x, larger = torch.randn(2, 3, 6, 8), 3 * torch.randn(3, 3, 8, 4)
     mapping = get_default_qconfig_mapping() if default else {"": _QUICK}
     kept = copy.deepcopy(model.state_dict())
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*because of their dtype", ConfigWarning)  # told so
         prepared = prepare_fx(model, mapping, (x,))
         for expected, found in zip(_flat(model(x)), _flat(prepared(x)), strict=True):
             scale = float(expected.abs().max()) or 1.0
