@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from typing import Any, Optional
 
 import pytest
@@ -11,13 +12,14 @@ import torch.ao.nn.quantized as nnq
 import torch.ao.quantization as tq
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.ao.quantization.backend_config import get_onednn_backend_config
 from torch.ao.quantization.backend_config.native import get_test_only_legacy_native_backend_config
 
 from fxquant.capture import capture
 from fxquant.compat import convert_fx, prepare_fx, prepare_qat_fx
 from fxquant.errors import Diagnostics
 from fxquant.op_view import attribute
-from tests.conformance.harness import THEIRS, Peers, placement, steps
+from tests.conformance.harness import OURS, THEIRS, Names, Peers, placement, steps
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore")]
 
@@ -342,3 +344,67 @@ def test_attributes_of_modules_that_became_kernels() -> None:
     ours.load_state_dict(state | {name: state[name] * 2})
     assert ours.head.scale == float(state[name] * 2)
     assert torch.equal(torch.jit.script(ours)(X), ours(X))
+
+
+# -- what torch.ao gets wrong ---------------------------------------------------------------------
+
+
+class Means(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(10, 12)
+
+    def forward(self, indices: Tensor, offsets: Tensor) -> Tensor:
+        y: Tensor = self.bag(indices, offsets)
+        return y
+
+
+def lowered_by(names: Names, model: nn.Module, inputs: tuple[Tensor, ...], mapping: Any) -> Any:
+    prepared = names.prepare_fx(copy.deepcopy(model), mapping, inputs)
+    prepared(*copy.deepcopy(inputs))
+    return names.convert_fx(prepared)
+
+
+def test_bags_that_average_average() -> None:
+    """torch.ao's kernel sums: see docs/differences.md."""
+    model, inputs = Means().eval(), (torch.arange(6), torch.tensor([0, 4]))
+    mapping = {"": tq.float_qparams_weight_only_qconfig}
+    with torch.no_grad():
+        expected = model(*inputs)
+    ours, theirs = (lowered_by(names, model, inputs, mapping) for names in (OURS, THEIRS))
+    assert float((ours(*inputs) - expected).abs().max()) < 0.02
+    assert float((theirs(*inputs) - expected).abs().max()) > 0.5
+
+
+class Overwrites(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + x
+        x.sigmoid_()
+        return x
+
+
+def test_what_is_written_in_place_is_kept() -> None:
+    """torch.ao erases the call, whose result nobody reads: see docs/differences.md."""
+    mapping = tq.get_default_qconfig_mapping("x86").set_object_type(operator.add, None)
+    x = torch.linspace(0.0, 0.49, 20)  # what a sigmoid that comes first takes in either library
+    ours, theirs = (lowered_by(names, Overwrites(), (x,), mapping) for names in (OURS, THEIRS))
+    assert float((ours(x) - torch.sigmoid(2 * x)).abs().max()) < 0.01
+    assert torch.equal(theirs(x), 2 * x)
+
+
+def test_reference_weights_of_what_onednn_fuses_are_rounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch.ao leaves them in floating point: see docs/differences.md."""
+    monkeypatch.setattr(torch.backends.quantized, "engine", "onednn")
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.LeakyReLU(0.1)).eval(), torch.randn(64, 8)
+    mapping, config = tq.get_default_qconfig_mapping("onednn"), get_onednn_backend_config()
+    differing = []
+    for names in (OURS, THEIRS):
+        prepared = names.prepare_fx(copy.deepcopy(model), mapping, (x,), backend_config=config)
+        prepared(x)
+        reference = names.convert_to_reference_fx(copy.deepcopy(prepared))
+        lowered = names.convert_fx(prepared, backend_config=config)
+        differing.append(int((reference(x) - lowered(x)).abs().gt(1e-6).sum()))
+    assert differing[0] <= 1  # a tie, rounded by kernels in another order
+    assert differing[1] > 20
