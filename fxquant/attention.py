@@ -37,6 +37,9 @@ def spell_out(model: nn.Module, leaves: Collection[str] = ()) -> None:
         if any(path == leaf or path.startswith(f"{leaf}.") for leaf in leaves):
             continue
         spelt = _SPELT.get(type(module))
+        kind = type(module)
+        if f"{kind.__module__}.{kind.__qualname__}" == _WINDOWED and not module.training:
+            spelt = type("SpeltWindowAttention", (_Windows, kind), {"__module__": __name__})
         if spelt is not None and _is_plain(module):
             module.__class__ = spelt
             if isinstance(module, SpeltAttention):
@@ -105,6 +108,66 @@ def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None, average: 
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
     weights = torch.softmax(scores if mask is None else scores + mask, -1)
     return weights.mean(-3) if average else weights
+
+
+def window_attention(
+    qkv: Tensor,
+    bias: Tensor | None,
+    position_bias: Tensor,
+    window: list[int],
+    shift: list[int],
+    heads: int,
+) -> Tensor:
+    """Attention in shifted windows (Liu et al. 2021, section 3.2), between its two linears.
+
+    Args:
+        qkv: ``[N, H, W, 3 * E]``.
+        bias: of the linear that gave it, which is what it gives for padding.
+        position_bias: ``[1, heads, L, L]``, of windows of ``L`` pixels.
+        window: height and width.
+        shift: of the windows, down and to the right.
+        heads: number of heads.
+
+    Returns:
+        ``[N, H, W, E]``.
+    """
+    batch, height, width, features = qkv.shape
+    below, right = -height % window[0], -width % window[1]
+    if below or right:
+        qkv = F.pad(qkv, (0, 0, 0, right, 0, below))
+        if bias is not None:
+            qkv[:, height:] = bias
+            qkv[:, :, width:] = bias
+    sizes = (height + below, width + right)
+    shift = [0 if w >= n else s for w, n, s in zip(window, sizes, shift, strict=True)]
+    qkv = torch.roll(qkv, (-shift[0], -shift[1]), (1, 2)) if any(shift) else qkv
+    rows, columns = sizes[0] // window[0], sizes[1] // window[1]
+    parts = qkv.view(batch, rows, window[0], columns, window[1], 3, heads, features // 3 // heads)
+    q, k, v = parts.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).flatten(1, 3).unbind()
+    mask = position_bias
+    if any(shift):
+        mask = mask + _regions_apart(sizes, window, shift, qkv).repeat(batch, 1, 1, 1)
+    made = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    made = made.reshape(batch, rows, columns, heads, *window, -1).permute(0, 1, 4, 2, 5, 3, 6)
+    made = made.reshape(batch, *sizes, -1)
+    made = torch.roll(made, (shift[0], shift[1]), (1, 2)) if any(shift) else made
+    return made[:, :height, :width].contiguous()
+
+
+def _regions_apart(
+    sizes: tuple[int, int], window: list[int], shift: list[int], like: Tensor
+) -> Tensor:
+    """-100 between pixels of one window that lay apart before the shift, ``[windows, 1, L, L]``."""
+    region = like.new_zeros(sizes)
+    for axis, factor in ((0, 3), (1, 1)):
+        index = torch.arange(sizes[axis], device=like.device)
+        part = (index >= sizes[axis] - window[axis]).to(like.dtype)
+        part = part + (index >= sizes[axis] - shift[axis])
+        region = region + factor * (part[:, None] if axis == 0 else part)
+    blocks = region.view(sizes[0] // window[0], window[0], sizes[1] // window[1], window[1])
+    pixels = blocks.transpose(1, 2).flatten(2).flatten(0, 1)
+    apart = pixels[:, None, :] != pixels[:, :, None]
+    return torch.zeros_like(apart, dtype=like.dtype).masked_fill(apart, -100.0)[:, None]
 
 
 def _recorded(function: Any, like: Any, *args: Any) -> Any:
@@ -280,6 +343,21 @@ class SpeltTransformer(nn.Transformer):
         return made
 
 
+class _Windows(nn.Module):
+    """Windowed attention of torchvision's Swin transformer: its linears work pixel by pixel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, H, W, E]`` to the same."""
+        own: Any = self
+        bias = own.get_relative_position_bias()
+        sizes = (list(own.window_size), list(own.shift_size), own.num_heads)
+        made: Tensor = own.proj(
+            _recorded(window_attention, x, own.qkv(x), own.qkv.bias, bias, *sizes)
+        )
+        return made
+
+
+_WINDOWED: Final = "torchvision.models.swin_transformer.ShiftedWindowAttention"
 _SPELT: Final[dict[type[nn.Module], type[nn.Module]]] = {
     nn.MultiheadAttention: SpeltAttention,
     nn.TransformerEncoderLayer: SpeltEncoderLayer,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from fxquant.attention import merged_mask, spell_out
 from fxquant.calibration import calibrate
 from fxquant.explain import explain
+from fxquant.models_zoo.torchvision_import import import_torchvision
 from fxquant.parity import parity
 from fxquant.qconfig import default_dynamic_qconfig
 from fxquant.quantize_fx import convert_fx, convert_to_reference_fx, prepare_fx, prepare_qat_fx
@@ -237,3 +239,23 @@ def test_masks() -> None:
     alone = merged_mask(None, HIDDEN[1], H, query[0])
     assert alone is not None
     assert alone.shape == (1, 1, 5)
+
+
+@pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed")
+@pytest.mark.parametrize(
+    ("size", "shift"), [((8, 8), 0), ((8, 12), 2), ((7, 10), 2), ((4, 4), 2), ((3, 9), 1)]
+)
+def test_windows_of_swin(size: tuple[int, int], shift: int) -> None:
+    """Padded, shifted, or one window as large as the image."""
+    swin = import_torchvision().models.swin_transformer
+    torch.manual_seed(0)
+    model = nn.Sequential(swin.ShiftedWindowAttention(E, [4, 4], [shift, shift], H)).eval()
+    nn.init.normal_(model[0].qkv.bias)
+    x = torch.randn(2, *size, E)
+    with torch.no_grad():
+        prepared = calibrate(prepare_fx(model, None, (x,)), [x])
+        _close(prepared(x), model(x))
+        int8 = convert_fx(prepared)
+        assert int8(x).shape == x.shape
+    runs = {row.path: row.runs.value for row in explain(int8).rows if row.kind == "linear"}
+    assert runs == {"0.qkv": "int8", "0.proj": "int8"}

@@ -44,7 +44,9 @@ dequantize and a quantize, and `explain` says why; where a qconfig asks for what
 have, a warning says so too. Dropout, `Identity` and `detach` are gone in evaluation. Epilogues are
 activation functions that run as part of the op: for nothing (*saturation*: the output range
 expresses the clamp), inside the kernel (*kernel*), or on the kernel's float result (*float*).
-Convolutions with `reflect`, `replicate` or `circular` padding are padded on integers first. Weights
+Convolutions with `reflect`, `replicate` or `circular` padding are padded on integers first.
+`nn.MultiheadAttention`, the transformer layers of `torch.nn` and the windowed attention of
+torchvision's Swin are taken apart by `prepare_fx`, so that their linears run as `linear`. Weights
 of transposed convolutions have one scale each; `explain` tells whoever asked for one per channel.
 Target `reference` has the same ops, takes integers of any width, and runs float ops between
 quantize and dequantize.

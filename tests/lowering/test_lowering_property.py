@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fxquant.errors import ConfigWarning
+from fxquant.errors import CalibrationWarning, ConfigWarning
 from fxquant.explain import explain
 from fxquant.observers import MinMaxObserver, PerChannelMinMaxObserver
 from fxquant.op_rows import Runs
@@ -202,6 +202,7 @@ def _check(steps: list[Step], outputs: list[int], head: bool, seed: int, default
     kept = copy.deepcopy(model.state_dict())
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*because of their dtype", ConfigWarning)  # told so
+        warnings.filterwarnings("ignore", ".*below the smallest scale", CalibrationWarning)
         prepared = prepare_fx(model, mapping, (x,))
         for expected, found in zip(_flat(model(x)), _flat(prepared(x)), strict=True):
             scale = float(expected.abs().max()) or 1.0
