@@ -46,14 +46,19 @@ class Budget:
     @property
     def objective(self) -> str:
         """What is made small: the first of damage, latency and size that has no limit."""
-        limited = {
-            "damage": self.accuracy_drop is not None,
-            "latency": self.latency is not None or self.latency_ratio is not None,
-            "size": self.size is not None or self.size_ratio is not None,
-        }
-        if limited["damage"]:
-            return "size" if limited["latency"] else "latency"
+        if self.accuracy_drop is not None:
+            return "size" if "latency" in self.limited else "latency"
         return "damage"
+
+    @property
+    def limited(self) -> tuple[str, ...]:
+        """Which of damage, latency and size have a limit."""
+        limits = {
+            "damage": (self.accuracy_drop,),
+            "latency": (self.latency, self.latency_ratio),
+            "size": (self.size, self.size_ratio),
+        }
+        return tuple(name for name, found in limits.items() if any(v is not None for v in found))
 
     def __str__(self) -> str:
         parts = []

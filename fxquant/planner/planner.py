@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 from torch import nn
@@ -34,6 +35,7 @@ from fxquant.planner.search import (
     Found,
     Limits,
     best_at,
+    blended,
     by_strategy,
     can_cut,
     exhaustive,
@@ -57,6 +59,8 @@ STRATEGIES: Final = ("min-cut", "greedy", "hawq-v2", "pareto", "random", "exhaus
 
 _SAMPLES: Final = 2000
 _FRONT: Final = 12
+_SHARES: Final = (1.0, 0.75, 0.5, 0.25, 0.0)
+_TINY: Final = 1e-12
 
 
 @without_autocast
@@ -158,7 +162,7 @@ def plan_mixed_precision(
             repeats=repeats,
         )
         selection = Selection(network, priced, judge, limits, bound, repeats)
-        search = _Search(network, priced, limits.objective, list(precisions), seed, tick)
+        search = _Search(network, priced, limits, list(precisions), seed, tick)
         plan = _plan(search, selection, name, repairs, measure_front=measure_front)
     if not plan.feasible:
         _warn_of(plan)
@@ -172,14 +176,15 @@ class _Search:
         self,
         network: CalibratedNetwork,
         priced: Priced,
-        objective: str,
+        budget: Budget,
         precisions: Sequence[str],
         seed: int,
         tick: Callable[[], object],
     ) -> None:
         self.network = network
         self.priced = priced
-        self.objective = objective
+        self.objective = budget.objective
+        self.limited = budget.limited
         self.precisions = precisions
         self.seed = seed
         self.tick = tick
@@ -187,15 +192,14 @@ class _Search:
 
     def solve(self, prices: Prices) -> Found:
         """The cheapest assignment at given prices; notes where a search was bounded."""
-        found = best_at(self.priced.problem, prices)
-        self.exact = self.exact and found.exact
-        return found
+        return self._solve(self.priced.problem, prices)
 
     def assignments(self, name: str) -> list[Assignment]:
         """What a strategy finds."""
         problem = self.priced.problem
         if name == "greedy":
-            return greedy(problem, "size" if self.objective == "size" else "latency")
+            small = "size" in (self.objective, *self.limited)
+            return greedy(problem, "size" if small else "latency")
         if name == "pareto":
             return pareto(problem)
         if name == "exhaustive":
@@ -204,15 +208,35 @@ class _Search:
             return sampled(problem, count=_SAMPLES, seed=self.seed)
         if name == "hawq-v2":
             return self._hawq(problem)
-        return [a for costly in self._costly() for a in self._hull(problem, self.solve, costly)]
+        return self._hulls(problem)
 
-    def _costly(self) -> tuple[str, ...]:
-        return ("latency", "size") if self.objective in ("damage", "size") else ("latency",)
+    def _hulls(self, problem: Problem) -> list[Assignment]:
+        """The plans on the convex hulls of damage and what the budget weighs.
 
-    def _hull(
-        self, problem: Problem, solve: Callable[[Prices], Found], costly: str
-    ) -> list[Assignment]:
-        return sweep(problem, solve, costly=costly, other="damage")
+        That is latency, or size, or, where both matter, also shares of the two.
+        """
+        floats = self.priced.problem.costs(self.priced.problem.uniform([FP32]))
+        found = []
+        for share in self._shares():
+            mixed = blended(
+                problem,
+                share / max(floats.latency, _TINY),
+                (1.0 - share) / max(floats.size, _TINY),
+            )
+            found += sweep(mixed, partial(self._solve, mixed), costly="latency", other="damage")
+        return list(dict.fromkeys(found))
+
+    def _shares(self) -> tuple[float, ...]:
+        """Shares of latency in what is paid for less damage."""
+        weighed = {self.objective, *self.limited} - {"damage"}
+        if weighed == {"latency"}:
+            return (1.0,)
+        return (0.0,) if weighed == {"size"} else _SHARES
+
+    def _solve(self, problem: Problem, prices: Prices) -> Found:
+        found = best_at(problem, prices)
+        self.exact = self.exact and found.exact
+        return found
 
     def _hawq(self, problem: Problem) -> list[Assignment]:
         wanted = {
@@ -228,11 +252,7 @@ class _Search:
             )
             for name, options in zip(problem.names, problem.choices, strict=True)
         )
-        estimated = without_edges(Problem(problem.names, choices, problem.edges))
-        found = []
-        for costly in self._costly():
-            found += self._hull(estimated, lambda p: best_at(estimated, p), costly)
-        return found
+        return self._hulls(without_edges(Problem(problem.names, choices, problem.edges)))
 
 
 def _plan(

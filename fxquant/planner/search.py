@@ -13,7 +13,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 import networkx as nx
@@ -503,6 +503,33 @@ def greedy(problem: Problem, objective: str) -> list[Assignment]:
 def without_edges(problem: Problem) -> Problem:
     """The problem as it is seen by searches that know no conversions."""
     return Problem(problem.names, problem.choices, ())
+
+
+def blended(problem: Problem, latency: float, size: float) -> Problem:
+    """The problem in which latencies are weighted sums of latency and bytes.
+
+    Its hull has the plans that are worth it where both are limited.
+
+    Args:
+        problem: units and tensors.
+        latency: weight of a second.
+        size: weight of a byte.
+    """
+    choices = tuple(
+        tuple(
+            replace(
+                c,
+                costs=replace(c.costs, latency=latency * c.costs.latency + size * c.costs.size),
+            )
+            for c in options
+        )
+        for options in problem.choices
+    )
+    edges = tuple(
+        replace(e, conversions={pair: latency * s for pair, s in e.conversions.items()})
+        for e in problem.edges
+    )
+    return Problem(problem.names, choices, edges)
 
 
 def gap_to_exhaustive(

@@ -14,6 +14,7 @@ from fxquant.planner.problem import FLOAT, OUTSIDE, Choice, Costs, Edge, Prices,
 from fxquant.planner.search import (
     Limits,
     best_at,
+    blended,
     can_cut,
     exhaustive,
     frontier,
@@ -208,6 +209,16 @@ def chain(count: int) -> Problem:
 def test_greedy_sets_the_most_damaged_back() -> None:
     found = greedy(chain(4), "latency")
     assert found == [(1, 1, 1, 1), (1, 1, 1, 0), (1, 1, 0, 0), (1, 0, 0, 0), (0, 0, 0, 0)]
+
+
+def test_a_blend_weighs_seconds_and_bytes() -> None:
+    problem = chain(3)
+    mixed = blended(problem, 0.5, 2.0)
+    for assignment in problem.assignments():
+        costs = problem.costs(assignment)
+        expected = 0.5 * costs.latency + 2.0 * costs.size
+        assert mixed.costs(assignment).latency == pytest.approx(expected)
+        assert mixed.costs(assignment).damage == costs.damage
 
 
 def test_random_samples_are_repeatable() -> None:
