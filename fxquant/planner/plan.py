@@ -242,10 +242,13 @@ class Plan:
             alpha=0.4,
             label="Pareto front (area: size)",
         )
+        marked: dict[tuple[float, float], list[str]] = {}
         for name, costs in self.predicted.items():
-            x, y = 1e3 * costs.latency, _sqnr(costs.damage)
-            axes.scatter([x], [y], marker="x")
-            axes.annotate(name, (x, y), textcoords="offset points", xytext=(5, 5))
+            marked.setdefault((1e3 * costs.latency, _sqnr(costs.damage)), []).append(name)
+        for place, names in marked.items():
+            axes.scatter(*place, marker="x")
+            label = ", ".join(names)
+            axes.annotate(label, place, textcoords="offset points", xytext=(5, 5))
         axes.set_xlabel("predicted latency in ms")
         axes.set_ylabel("predicted SQNR of the outputs in dB")
         axes.legend()
