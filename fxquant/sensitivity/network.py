@@ -216,6 +216,12 @@ class CalibratedNetwork:
 
     def prepared(self, assignment: Assignment) -> QuantGraphModule:
         """The calibrated graph with observers for an assignment; it is the caller's to change."""
+        gm = self._marked(assignment)
+        gm.recompile()
+        return gm
+
+    def _marked(self, assignment: Assignment) -> QuantGraphModule:
+        """:meth:`prepared`, its code not written yet."""
         gm = self._assigned(assignment)
         self._run(self._marking, gm)
         self.statistics.fill(gm)
@@ -233,9 +239,10 @@ class CalibratedNetwork:
         Raises:
             ConfigError: a layer or precision that does not exist.
         """
-        gm = self.prepared(assignment)
+        gm = self._marked(assignment)
         passes = tuple(item for item in self._reference if not isinstance(item, without))
         self._run(passes, gm)
+        gm.recompile()
         return gm
 
     def mapping(self, assignment: Assignment) -> QConfigMapping:
@@ -351,7 +358,6 @@ class CalibratedNetwork:
                 run_pass(item, gm, context, check=False)
         finally:
             del gm.__dict__["recompile"]
-        gm.recompile()
 
     def _calibrate(self) -> None:
         """Watch everything that lowering all layers, or any one alone, needs."""
