@@ -69,8 +69,9 @@ def macs_of(gm: fx.GraphModule, node: fx.Node) -> int | None:
 
     Convolution: output elements x input channels per group x kernel elements; transposed: input
     elements x output channels per group x kernel elements; linear and matrix products: output
-    elements x inner size; attention: its two matrix products; recurrent modules: time steps x batch
-    x weight elements; element-wise and moving ops and look-ups: 0.
+    elements x inner size; einsum: the product of all sizes; attention: its two matrix products;
+    recurrent modules: time steps x batch x weight elements; element-wise and moving ops and
+    look-ups: 0.
 
     Returns:
         ``None`` where the shapes are unknown, or what the op multiplies.
@@ -79,6 +80,8 @@ def macs_of(gm: fx.GraphModule, node: fx.Node) -> int | None:
         module = gm.get_submodule(str(node.target))
         if isinstance(module, (torch.nn.RNNBase, torch.nn.RNNCellBase)):
             return _recurrent_macs(module, node)
+    if node.target is torch.einsum:
+        return _einsum_macs(node)
     op = op_of(gm, node)
     if op is None:
         return None if _may_multiply(gm, node) else 0
@@ -101,6 +104,22 @@ def macs_of(gm: fx.GraphModule, node: fx.Node) -> int | None:
     if op.name.startswith("conv_transpose"):
         return math.prod(source) * math.prod(weight[1:])
     return math.prod(output) * math.prod(weight[1:])
+
+
+def _einsum_macs(node: fx.Node) -> int | None:
+    """The product of all index sizes of an einsum of two tensors, without an ellipsis."""
+    equation, *given = node.args
+    operands = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
+    terms = str(equation).replace(" ", "").partition("->")[0].split(",")
+    if len(terms) != 2 or len(operands) != 2:
+        return None
+    sizes: dict[str, int] = {}
+    for term, operand in zip(terms, operands, strict=True):
+        shape = shape_of(operand) if isinstance(operand, fx.Node) else None
+        if shape is None or len(shape) != len(term) or "." in term:
+            return None
+        sizes |= zip(term, shape, strict=True)
+    return math.prod(sizes.values())
 
 
 def _may_multiply(gm: fx.GraphModule, node: fx.Node) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -77,16 +78,43 @@ class Products(nn.Module):
             "@": lambda a, b: a @ b,
             "bmm": torch.bmm,
             "method": lambda a, b: a.matmul(b),
+            "baddbmm": lambda a, b: torch.baddbmm(torch.ones(2, 3, 4), a, b),
+            "einsum": lambda a, b: torch.einsum("nij, njk -> nik", a, b),
+            "einsum of a list": lambda a, b: torch.einsum("nij,njk", [a, b]),
             "F.linear": lambda a, b: F.linear(a, self.weight),
         }
         return functions[self.name](x, y)
 
 
-@pytest.mark.parametrize("name", ["matmul", "@", "bmm", "method", "F.linear"])
+PRODUCTS = ["matmul", "@", "bmm", "method", "F.linear", "baddbmm", "einsum", "einsum of a list"]
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
 def test_products(name: str) -> None:
     x, y = torch.randn(2, 3, 5), torch.randn(2, 5, 4)
     wanted = 2 * 3 * 7 * 5 if name == "F.linear" else 2 * 3 * 4 * 5
     assert macs(Products(name), x, y) == wanted
+
+
+class Two(nn.Module):
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.function(x, y)
+
+
+def test_attention_is_two_products() -> None:
+    query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 7, 8)
+    model = Two(lambda q, k: F.scaled_dot_product_attention(q, k, k))
+    assert macs(model, query, key) == 2 * 4 * (5 * 8 * 7 + 5 * 7 * 8)
+
+
+def test_einsums_that_cannot_be_counted() -> None:
+    x = torch.randn(2, 3, 3)
+    assert macs(Two(lambda a, b: torch.einsum("...i,...i->...", a, b)), x, x) is None
+    assert macs(Two(lambda a, b: torch.einsum("nij->ni", a)), x, x) is None
 
 
 def test_macs_are_unknown_without_shapes() -> None:
