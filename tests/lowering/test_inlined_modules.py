@@ -13,6 +13,7 @@ from fxquant.quantize_fx import convert_fx, prepare_fx
 
 VECTOR, SIGNAL, IMAGE, VOLUME = (8,), (8, 12), (8, 6, 6), (8, 4, 4, 4)
 
+SHAPES = ((1, SIGNAL), (2, IMAGE), (3, VOLUME))
 MODULES: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.Linear(8, 4), VECTOR),
     (nn.Linear(8, 4, bias=False), VECTOR),
@@ -73,6 +74,21 @@ MODULES: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.ConstantPad1d((1, 2), 0.5), SIGNAL),
     (nn.ConstantPad2d(2, 3.5), IMAGE),
     (nn.ConstantPad3d(1, -1.0), VOLUME),
+    *((getattr(nn, f"ReflectionPad{d}d")(2), shape) for d, shape in SHAPES),
+    *((getattr(nn, f"ReplicationPad{d}d")(2), shape) for d, shape in SHAPES),
+    *((getattr(nn, f"CircularPad{d}d")(2), shape) for d, shape in SHAPES),
+    *((getattr(nn, f"LPPool{d}d")(4, 2, 1, ceil_mode=True), shape) for d, shape in SHAPES),
+    *((getattr(nn, f"AdaptiveMaxPool{d}d")(2), shape) for d, shape in SHAPES),
+    (nn.UpsamplingNearest2d(scale_factor=2), IMAGE),
+    (nn.UpsamplingBilinear2d(size=(9, 7)), IMAGE),
+    (nn.RMSNorm(6, eps=0.1), IMAGE),
+    (nn.RMSNorm([6, 6], elementwise_affine=False), IMAGE),
+    (nn.CELU(0.5), VECTOR),
+    (nn.SELU(), VECTOR),
+    (nn.Softplus(2.0, 1.5), VECTOR),
+    (nn.LogSigmoid(), VECTOR),
+    (nn.LogSoftmax(1), IMAGE),
+    (nn.Unflatten(1, (2, 4)), IMAGE),
     (nn.Flatten(), IMAGE),
     (nn.Flatten(0, 1), IMAGE),
     (nn.PixelShuffle(2), IMAGE),
