@@ -82,17 +82,27 @@ class QConfig(_Fields):
     def __new__(cls, activation: Factory | None, weight: Factory | None) -> QConfig:
         """Check both factories, then build the tuple."""
         for name, factory in (("activation", activation), ("weight", weight)):
+            if factory is not None and not callable(factory):
+                raise ConfigError(
+                    f"QConfig needs an observer class or factory as {name}, got {factory!r}"
+                )
+        return cls.as_given(activation, weight)
+
+    @classmethod
+    def as_given(cls, activation: Any, weight: Any) -> QConfig:
+        """A qconfig of what may be no factory, as torch.ao has it; it is refused where it is used.
+
+        Raises:
+            ConfigError: an instance was given instead of a class or factory.
+        """
+        for name, factory in (("activation", activation), ("weight", weight)):
             if isinstance(factory, nn.Module):
                 raise ConfigError(
                     f"QConfig received observer instance ({name}={type(factory).__name__}(...)), "
                     "please pass observer class instead. Use MyObserver.with_args(x=1) to "
                     "override arguments to constructor if needed"
                 )
-            if factory is not None and not callable(factory):
-                raise ConfigError(
-                    f"QConfig needs an observer class or factory as {name}, got {factory!r}"
-                )
-        return super().__new__(cls, activation, weight)
+        return _Fields.__new__(cls, activation, weight)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, tuple) or len(other) != 2:
@@ -163,7 +173,7 @@ def as_qconfig(value: object, where: str) -> QConfig | None:
     if value is None or isinstance(value, QConfig):
         return value
     if not isinstance(value, type) and hasattr(value, "activation") and hasattr(value, "weight"):
-        return QConfig(value.activation, value.weight)
+        return QConfig.as_given(value.activation, value.weight)
     hint = ""
     if isinstance(value, type | PartialFactory) or callable(value):
         hint = "; an observer alone is not enough, use QConfig(activation=..., weight=...)"
@@ -241,6 +251,8 @@ def spec_of(factory: Factory | None) -> ObserverFactory | None:
 
 
 def _make(factory: Factory) -> Any:
+    if not callable(factory):
+        raise ConfigError(f"QConfig needs observer classes or factories, got {factory!r}")
     with warnings.catch_warnings():
         # torch.ao's observers announce their own deprecations; the user did not make this one.
         warnings.filterwarnings("ignore", message=r"Please use quant_min and quant_max")

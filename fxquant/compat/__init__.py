@@ -29,6 +29,7 @@ from fxquant.compat.configs import (
     DTypeConfig,
     FuseCustomConfig,
     PrepareCustomConfig,
+    QConfig,
     QConfigMapping,
 )
 from fxquant.compat.front_door import (
@@ -125,7 +126,6 @@ from fxquant.qat_modules import (
     update_bn_stats,
 )
 from fxquant.qconfig import (
-    QConfig,
     default_debug_qconfig,
     default_dynamic_qat_qconfig,
     default_dynamic_qconfig,

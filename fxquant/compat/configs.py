@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Final
 
-from fxquant import backend_config, custom_config, dtype_config, qconfig_mapping
+from fxquant import backend_config, custom_config, dtype_config, qconfig, qconfig_mapping
 from fxquant.dict_policy import TORCH_AO, DictPolicy, Severity
 
 _POLICY: Final[DictPolicy] = replace(TORCH_AO, legacy_form=Severity.NOTHING)
@@ -34,6 +34,17 @@ class _SameAs(type):
         if type(cls.__base__) is not type:
             return super().__subclasscheck__(subclass)
         return issubclass(subclass, cls.__base__)
+
+
+class _AsGiven(_SameAs):
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return qconfig.QConfig.as_given(*args, **kwargs)
+
+
+class QConfig(qconfig.QConfig, metaclass=_AsGiven):
+    """:class:`fxquant.QConfig`; what is no factory is refused where it is used, by prepare."""
+
+    __slots__ = ()
 
 
 class QConfigMapping(qconfig_mapping.QConfigMapping, metaclass=_SameAs):
