@@ -109,6 +109,8 @@ def team(distributed: bool | None) -> Iterator[Team]:
         dist.init_process_group("gloo")
     try:
         yield Team(dist.get_rank(), dist.get_world_size())
+        if joined:
+            dist.barrier()  # who leaves first would cut the others off
     finally:
         if joined:
             dist.destroy_process_group()
