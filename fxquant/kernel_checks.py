@@ -590,6 +590,8 @@ def _elementwise() -> Iterator[tuple[str, _Check]]:
             (1, 3, 19, 17),
         ),
     )
+    for name in ("group_norm", "instance_norm"):
+        yield f"quantized::{name}", _statistics_check(name)
     yield "quantized::matmul", _matmul
 
 
@@ -610,6 +612,30 @@ def _batch_norm_check(name: str, dimensions: int, relu: bool) -> _Check:
 
     size = (1, 3, 19, 17) if dimensions == 2 else (1, 3, 5, 9, 7)
     return _unary_check(kernel, definition, size)
+
+
+def _statistics_check(name: str) -> _Check:
+    """Of a norm by the statistics of its input: of two groups, or of every channel."""
+    weight, bias, eps = (
+        torch.tensor([1.0, -0.5, 2.0, 0.25]),
+        torch.tensor([0.5, 0.25, -3.0, 0]),
+        2e-5,
+    )
+    groups = (2,) if name == "group_norm" else ()
+
+    def definition(v: Tensor) -> Tensor:
+        result: Tensor = getattr(F, name)(
+            v, *groups, weight=weight.to(v.dtype), bias=bias.to(v.dtype), eps=eps
+        )
+        return result
+
+    def kernel(x: Tensor) -> Tensor:
+        result: Tensor = getattr(torch.ops.quantized, name)(
+            x, *groups, weight, bias, eps, 0.03125, 111
+        )
+        return result
+
+    return _unary_check(kernel, definition, (2, 4, 19, 17))
 
 
 def _matmul(tally: _Tally) -> None:

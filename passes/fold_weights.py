@@ -43,9 +43,16 @@ def _rounding_of_weight(op: Op) -> fx.Node | None:
     """What rounds the attribute that ``op`` reads as its weight, through a step back to float."""
     weight = op.arguments.get("weight")
     step = weight.args[0] if isinstance(weight, fx.Node) and weight.args else None
-    if not isinstance(step, fx.Node) or step.target not in (QUANTIZE, TO_DTYPE):
+    if not isinstance(step, fx.Node) or not (step.target is QUANTIZE or _casts(step)):
         return None
     return step if step.all_input_nodes[0].op == "get_attr" else None
+
+
+def _casts(step: fx.Node) -> bool:
+    """Whether ``step`` rounds to another dtype, in either spelling."""
+    return step.target is TO_DTYPE or (
+        step.target == "to" and isinstance(step.args[1], torch.dtype)
+    )
 
 
 def _has_kernel(node: fx.Node) -> bool:
@@ -55,7 +62,7 @@ def _has_kernel(node: fx.Node) -> bool:
 
 def _fold(rewriter: GraphRewriter, step: fx.Node, reader: fx.Node) -> None:
     value = _tensor(rewriter, step.args[0]).detach()
-    if step.target is TO_DTYPE:
+    if _casts(step):
         made = _halved(value, step)
     else:
         scale, zero_point = (_tensor(rewriter, node) for node in step.args[1:3])

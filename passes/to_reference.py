@@ -521,23 +521,31 @@ class _ModuleWeights(_Weights):
         gm = self.rewriter.gm
         ours = {node for nodes in self.calls.values() for node in nodes}
         taken = {str(n.target) for n in gm.graph.nodes if n.op == "call_module" and n not in ours}
-        modules = {path: gm.get_submodule(path) for path, _, _ in self.calls}
-        for (path, spec, with_relu), nodes in self.calls.items():
+        # All are made before the first takes the place of a module that another is made of.
+        made = {call: self._form(*call, nodes[0]) for call, nodes in self.calls.items()}
+        for call, nodes in self.calls.items():
+            path = call[0]
             place = self.rewriter.fresh_path(path) if path in taken else path
             taken.add(path)
-            qparams = None
-            if not spec.is_float:
-                weight = attribute(modules[path], "weight").detach()
-                qparams = self._parameters(nodes[0], weight, f"{path}.weight", spec)
-            made: nn.Module = reference_form(modules[path], spec, qparams)
-            if with_relu:
-                made = ReferenceRelu(made, nn.ReLU())
-            self.rewriter.set_module(place, made.train(modules[path].training))
+            self.rewriter.set_module(place, made[call])
             for node in nodes:
                 self.rewriter.retarget_module(node, place, node.args, dict(node.kwargs))
                 relu = _relu_behind(gm, node)
                 if relu is not None:
                     self.rewriter.absorb(node, relu)
+
+    def _form(
+        self, path: str, spec: QuantSpec, with_relu: bool, node: fx.Node
+    ) -> nn.Module:  # parts of one key
+        module = self.rewriter.gm.get_submodule(path)
+        qparams = None
+        if not spec.is_float:
+            weight = attribute(module, "weight").detach()
+            qparams = self._parameters(node, weight, f"{path}.weight", spec)
+        made: nn.Module = reference_form(module, spec, qparams)
+        if with_relu:
+            made = ReferenceRelu(made, nn.ReLU())
+        return made.train(module.training)
 
     def _convert(self, node: fx.Node, op: Op, spec: QuantSpec) -> None:
         gm, path = self.rewriter.gm, str(node.target)

@@ -278,10 +278,11 @@ def test_loading_reproduces_another_model_exactly(name: str, *, assign: bool) ->
     assert repr(inlined[0]) in target.code
 
 
-def test_loading_into_a_model_inside_another(int8: QuantGraphModule) -> None:
+def test_loading_into_a_model_inside_another() -> None:
+    source = convert_fx(_prepared(1))
     outer = nn.Sequential(convert_fx(_prepared(2)), nn.Softmax(-1))
-    outer.load_state_dict({f"0.{k}": v for k, v in int8.state_dict().items()})
-    assert torch.equal(_run(outer), torch.softmax(_run(int8), -1))
+    outer.load_state_dict({f"0.{k}": v for k, v in source.state_dict().items()})
+    assert torch.equal(_run(outer), torch.softmax(_run(source), -1))
 
 
 def test_loading_does_not_alias_the_source() -> None:
@@ -313,9 +314,30 @@ def test_prepared_models_load_statistics(prepared: QuantGraphModule) -> None:
     assert torch.equal(_run(convert_fx(fresh)), _run(convert_fx(prepared)))
 
 
+class Joined(nn.Module):
+    """A clamp whose result has the range of what it is joined with."""
+
+    def __init__(self, loud: float) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.clamped, self.other, self.head = (nn.Conv2d(i, 8, 1) for i in (3, 3, 16))
+        with torch.no_grad():
+            self.other.weight.mul_(loud)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([F.relu6(self.clamped(x)), self.other(x)], 1)
+        return self.head(y)  # type: ignore[no-any-return]  # nn.Module is untyped
+
+
+def _joined(loud: float) -> QuantGraphModule:
+    prepared = prepare_fx(Joined(loud).eval(), None, (_input(),))
+    _run(prepared, _input())
+    return convert_fx(prepared)
+
+
 def test_numbers_under_which_an_absorbed_clamp_is_not_free_are_refused() -> None:
     """A relu6 that one calibration made free is missing from the graph; another needs it."""
-    narrow, wide = convert_fx(_prepared(1, loud=0.01)), convert_fx(_prepared(1, loud=300.0))
+    narrow, wide = _joined(0.01), _joined(300.0)
     clamps = [
         sum("clamp" in record_of(node).kernel for node in model.graph.nodes)
         for model in (narrow, wide)
