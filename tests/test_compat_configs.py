@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.ao.quantization as tq
-import torch.ao.quantization.backend_config as tq_backend
-import torch.ao.quantization.fx.custom_config as tq_custom
 from torch import nn
 
 import fxquant
@@ -106,6 +103,10 @@ def test_prepare_tells_unknown_keys() -> None:
 
 @pytest.mark.peer
 def test_torch_passes_over_the_same_keys() -> None:
+    import torch.ao.quantization as tq
+    import torch.ao.quantization.backend_config as tq_backend
+    import torch.ao.quantization.fx.custom_config as tq_custom
+
     for module, names in (
         (tq, ("QConfigMapping",)),
         (tq_custom, ("PrepareCustomConfig", "ConvertCustomConfig", "FuseCustomConfig")),
