@@ -559,3 +559,4 @@ def test_tables_of_an_odd_number_of_features(qconfig: str) -> None:
     found, expected = run(lowered, (TOKENS,)), run(model, (TOKENS,))
     assert found.shape == expected.shape
     assert float((found - expected).norm() / expected.norm()) < (0.2 if "4bit" in qconfig else 0.02)
+    assert any("embedding" in record_of(node).kernel for node in lowered.graph.nodes)
