@@ -30,6 +30,7 @@ from tests.conformance.harness import (
     run,
     steps,
 )
+from tests.conformance.models import Calls, CallsTwo
 
 pytestmark = pytest.mark.peer
 
@@ -43,32 +44,6 @@ WORDS = torch.randint(0, 10, (12,), generator=RANDOM)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(8)
-
-
-@pytest.fixture(params=[THEIRS, OURS], ids=lambda names: names.library)
-def peers(request: pytest.FixtureRequest) -> Peers:
-    return Peers(request.param)
-
-
-class Calls(nn.Module):
-    """A model of one function of its modules and inputs."""
-
-    def __init__(self, function: Callable[..., Any], **parts: Any) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, part)
-        self.function = function
-        self.eval()
-
-    def forward(self, x: Any) -> Any:
-        return self.function(self, x)
-
-
-class CallsWithState(Calls):
-    """The same with a second input, such as a hidden state."""
-
-    def forward(self, x: Any, y: Any) -> Any:
-        return self.function(self, x, y)
 
 
 def _weight(*shape: int) -> nn.Parameter:
@@ -223,27 +198,25 @@ LAYERS = torch.randn(4, 2, 7, generator=RANDOM)
 RECURRENT: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
     "lstm": (lambda: Calls(lambda m, x: m.rnn(x), rnn=nn.LSTM(5, 7)), (SEQUENCE,)),
     "lstm-state": (
-        lambda: CallsWithState(
+        lambda: CallsTwo(
             lambda m, x, h: m.rnn(x, (h, h)), rnn=nn.LSTM(5, 7, 2, bidirectional=True)
         ),
         (SEQUENCE, LAYERS),
     ),
     "gru": (lambda: Calls(lambda m, x: m.rnn(x), rnn=nn.GRU(5, 7)), (SEQUENCE,)),
     "gru-state": (
-        lambda: CallsWithState(lambda m, x, h: m.rnn(x, h), rnn=nn.GRU(5, 7, 4, batch_first=True)),
+        lambda: CallsTwo(lambda m, x, h: m.rnn(x, h), rnn=nn.GRU(5, 7, 4, batch_first=True)),
         (SEQUENCE.transpose(0, 1), LAYERS),
     ),
     "lstm-cell": (lambda: Calls(lambda m, x: m.rnn(x), rnn=nn.LSTMCell(5, 7)), (ROWS,)),
     "lstm-cell-state": (
-        lambda: CallsWithState(lambda m, x, h: m.rnn(x, (h, h)), rnn=nn.LSTMCell(5, 7)),
+        lambda: CallsTwo(lambda m, x, h: m.rnn(x, (h, h)), rnn=nn.LSTMCell(5, 7)),
         (ROWS, HIDDEN),
     ),
     "gru-cell": (lambda: Calls(lambda m, x: m.rnn(x), rnn=nn.GRUCell(5, 7)), (ROWS,)),
     "rnn-cell-tanh": (lambda: Calls(lambda m, x: m.rnn(x), rnn=nn.RNNCell(5, 7)), (ROWS,)),
     "rnn-cell-relu": (
-        lambda: CallsWithState(
-            lambda m, x, h: m.rnn(x, h), rnn=nn.RNNCell(5, 7, nonlinearity="relu")
-        ),
+        lambda: CallsTwo(lambda m, x, h: m.rnn(x, h), rnn=nn.RNNCell(5, 7, nonlinearity="relu")),
         (ROWS, HIDDEN),
     ),
 }
@@ -385,9 +358,7 @@ def test_what_the_legacy_backend_does_not_have_stays_float(peers: Peers, name: s
 TABLES: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
     "embedding": (lambda: Calls(lambda m, x: m.table(x), table=nn.Embedding(10, 4)), (TOKENS,)),
     "bag": (
-        lambda: CallsWithState(
-            lambda m, x, o: m.table(x, o), table=nn.EmbeddingBag(10, 4, mode="sum")
-        ),
+        lambda: CallsTwo(lambda m, x, o: m.table(x, o), table=nn.EmbeddingBag(10, 4, mode="sum")),
         (WORDS, torch.tensor([0, 3, 5])),
     ),
     "bag-of-rows": (
@@ -395,7 +366,7 @@ TABLES: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
         (TOKENS,),
     ),
     "bag-with-end": (
-        lambda: CallsWithState(
+        lambda: CallsTwo(
             lambda m, x, o: m.table(x, o),
             table=nn.EmbeddingBag(10, 4, mode="sum", include_last_offset=True),
         ),

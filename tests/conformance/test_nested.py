@@ -41,6 +41,7 @@ from tests.conformance.harness import (
     run,
     steps,
 )
+from tests.conformance.models import Calls, CallsTwo
 
 pytestmark = pytest.mark.peer
 
@@ -62,30 +63,6 @@ Graphs = tuple[fx.GraphModule, fx.GraphModule, fx.GraphModule]
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(9)
-
-
-@pytest.fixture(params=[THEIRS, OURS], ids=lambda names: names.library)
-def peers(request: pytest.FixtureRequest) -> Peers:
-    return Peers(request.param)
-
-
-class Calls(nn.Module):
-    """A model of one function of its parts and its input."""
-
-    def __init__(self, function: Callable[..., Any], **parts: nn.Module) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, part)
-        self.function = function
-        self.eval()
-
-    def forward(self, x: Any) -> Any:
-        return self.function(self, x)
-
-
-class CallsOfTwo(Calls):
-    def forward(self, x: Any, y: Any) -> Any:
-        return self.function(self, x, y)
 
 
 def conv() -> nn.Module:
@@ -217,7 +194,7 @@ def test_quantized_inputs_and_results(peers: Peers, case: str) -> None:
 
 @pytest.mark.statement("S5.16a")
 def test_one_quantized_input_of_two(peers: Peers) -> None:
-    model = CallsOfTwo(lambda m, x, y: x + y)
+    model = CallsTwo(lambda m, x, y: x + y)
     ours = alike(peers, model, (QUANTIZED, IMAGES), STATIC, boundary([0], []))
     assert len(observers(ours[0])) == 2
     assert steps(ours[2]) == (1, 0, 1)
