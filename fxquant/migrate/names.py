@@ -228,8 +228,8 @@ OLD_KEYWORDS: Final = {
     "backend_config_dict": "is called backend_config",
     "qconfig_dict": "is called qconfig_mapping",
     "is_reference": "is gone: call convert_to_reference_fx instead",
-    "equalization_qconfig_dict": "is an error: use fxquant's equalization pass",
-    "_equalization_config": "is an error unless empty: use fxquant's equalization pass",
+    "equalization_qconfig_dict": "is an error: call fxquant.equalize before",
+    "_equalization_config": "is an error unless empty: call fxquant.equalize before",
 }
 """Keyword of a step -> what became of it."""
 
