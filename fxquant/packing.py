@@ -15,7 +15,7 @@ from fxquant.engines import consume_deprecation_warning, engine
 from fxquant.graph_module import PackRecord, QuantGraphModule, set_attribute
 from fxquant.metadata import record_of
 from fxquant.op_view import attribute
-from fxquant.script_kernels import pack_table
+from fxquant.script_kernels import expected_shape, pack_table
 
 
 def pack(root: nn.Module, record: PackRecord) -> Any:
@@ -164,11 +164,36 @@ def pack_onednn_conv(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    zero_point: int = 0,
+    input_shape: list[int] | None = None,
 ) -> Any:
-    """Pack a convolution weight for ``onednn::qconv_pointwise``."""
-    # The packing does not depend on the activation's parameters (checked by the tests).
+    """Pack a convolution weight for ``onednn::qconv_pointwise``.
+
+    The integers are the same for any zero point and shape of the input, but the operator's code
+    wants the weight in an order that depends on both, and where it comes in another one it is
+    reordered in *every call*: 17 ms instead of 0.14 for 256 to 1024 channels, 1 x 1, at 14 x 14.
+
+    Args:
+        weight: int8 ``[O, I / groups, ...]``.
+        scale: of each output channel, or one.
+        stride: of the convolution; as are the following.
+        padding: zeros on both sides.
+        dilation: distance of taps.
+        groups: number of groups.
+        zero_point: of the input.
+        input_shape: of the input, as it is expected; empty where nobody knows.
+    """
+    shape = expected_shape(zero_point, input_shape or [])
     return torch.ops.onednn.qconv_prepack(
-        weight.contiguous(), scale.reshape(-1), 1.0, 0, stride, padding, dilation, groups, None
+        weight.contiguous(),
+        scale.reshape(-1),
+        1.0,
+        zero_point,
+        stride,
+        padding,
+        dilation,
+        groups,
+        shape if len(shape) > 0 else None,
     )
 
 

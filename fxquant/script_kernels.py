@@ -17,6 +17,19 @@ else:
     PackedTable = torch.classes.quantized.EmbeddingPackedParamsBase
 
 
+def expected_shape(zero_point: int, input_shape: list[int]) -> list[int]:
+    """The input shape to pack a convolution weight for, in which the batch is not the real one.
+
+    torch remembers the order of a weight by shapes and not by zero point, though a zero point
+    other than 0 asks for another order: what is packed first for a shape decides for both. So they
+    get batches of different parity. The order does not depend on the batch.
+    """
+    if len(input_shape) == 0:
+        return input_shape
+    batch = 2 * input_shape[0] + (1 if zero_point != 0 else 0)
+    return [batch] + input_shape[1:]  # noqa: RUF005  # TorchScript unpacks no list
+
+
 class OneDnnConv(nn.Module):
     """A convolution weight packed for ``onednn::qconv_pointwise``; saved as it is, not packed.
 
@@ -24,6 +37,8 @@ class OneDnnConv(nn.Module):
         weight: int8 ``[O, I / groups, ...]``.
         scale: of each output channel, or one.
         stride: of the convolution; as are the following.
+        zero_point: of its input.
+        input_shape: of its input, as it is expected; empty where nobody knows.
     """
 
     packed: Tensor
@@ -36,6 +51,8 @@ class OneDnnConv(nn.Module):
         padding: list[int],
         dilation: list[int],
         groups: int,
+        zero_point: int,
+        input_shape: list[int],
     ) -> None:
         super().__init__()
         self.weight = weight
@@ -44,19 +61,22 @@ class OneDnnConv(nn.Module):
         self.padding = list(padding)
         self.dilation = list(dilation)
         self.groups = groups
+        self.zero_point = zero_point
+        self.input_shape = list(input_shape)
         self.packed = self._pack()
 
     def _pack(self) -> Tensor:
+        shape = expected_shape(self.zero_point, self.input_shape)
         packed: Tensor = torch.ops.onednn.qconv_prepack(
             self.weight,
             self.scale.reshape(-1),
             1.0,
-            0,
+            self.zero_point,
             self.stride,
             self.padding,
             self.dilation,
             self.groups,
-            None,
+            shape if len(shape) > 0 else None,
         )
         return packed
 
@@ -67,7 +87,7 @@ class OneDnnConv(nn.Module):
     @torch.jit.export
     def __getstate__(
         self,
-    ) -> tuple[Tensor, Tensor, list[int], list[int], list[int], int, bool]:
+    ) -> tuple[Tensor, Tensor, list[int], list[int], list[int], int, int, list[int], bool]:
         return (
             self.weight,
             self.scale,
@@ -75,12 +95,15 @@ class OneDnnConv(nn.Module):
             self.padding,
             self.dilation,
             self.groups,
+            self.zero_point,
+            self.input_shape,
             self.training,
         )
 
     @torch.jit.export
     def __setstate__(
-        self, state: tuple[Tensor, Tensor, list[int], list[int], list[int], int, bool]
+        self,
+        state: tuple[Tensor, Tensor, list[int], list[int], list[int], int, int, list[int], bool],
     ) -> None:
         self.weight = state[0]
         self.scale = state[1]
@@ -88,7 +111,9 @@ class OneDnnConv(nn.Module):
         self.padding = state[3]
         self.dilation = state[4]
         self.groups = state[5]
-        self.training = state[6]
+        self.zero_point = state[6]
+        self.input_shape = state[7]
+        self.training = state[8]
         self.packed = self._pack()
 
 

@@ -10,8 +10,9 @@ from torch import fx
 from fxquant.clamps import CLAMP_KINDS, bounds_of
 from fxquant.kernels import accumulator
 from fxquant.lowering import IntValue, Site, Weight
-from fxquant.metadata import add_reason, record_of
-from fxquant.op_view import Op
+from fxquant.metadata import add_reason, record_of, shape_of
+from fxquant.op_view import Op, attribute
+from fxquant.packing import scalar
 from fxquant.targets.emit_common import (
     BYTES,
     CONVOLUTION_POST_OPS,
@@ -119,11 +120,7 @@ def _emit_pointwise_convolution(
     reason = refused(site, weight, pointwise_kernel(geometry_of(op)))
     if reason is not None:
         return reason
-    packed = lowering.pack(
-        "onednn-conv",
-        (weight.integers, weight.scale, stride, padding, dilation, groups),
-        at=site.last,
-    )
+    packed = lowering.pack("onednn-conv", _for_pointwise(site, x, weight), at=site.last)
     attr, scalars, algorithm = post
     node = lowering.emit(
         site,
@@ -153,6 +150,14 @@ def _emit_pointwise_convolution(
     return None
 
 
+def _for_pointwise(site: Site, x: IntValue, weight: Weight) -> tuple[Any, ...]:
+    """What a weight is packed from, in the order that the operator wants for this input."""
+    zero_point = x.zero_point
+    at_zero = scalar(attribute(site.lowering.gm, zero_point)) if isinstance(zero_point, str) else 0
+    shape = list(shape_of(site.op.activations[0]) or ())
+    return (weight.integers, weight.scale, *geometry(site.op), at_zero, shape)
+
+
 def _emit_residual(site: Site, x: IntValue, weight: Weight, add: Op) -> str | None:
     """``conv(x) + other`` on the accumulator; ``other``'s memory takes the result."""
     lowering, op = site.lowering, site.op
@@ -169,11 +174,7 @@ def _emit_residual(site: Site, x: IntValue, weight: Weight, add: Op) -> str | No
     inexact = refused(site, weight, pointwise_kernel(geometry_of(op)))
     if inexact is not None:
         return inexact
-    packed = lowering.pack(
-        "onednn-conv",
-        (weight.integers, weight.scale, stride, padding, dilation, groups),
-        at=site.last,
-    )
+    packed = lowering.pack("onednn-conv", _for_pointwise(site, x, weight), at=site.last)
     target = _accumulator(site, x, other)
     clamp = next((epilogue for epilogue in site.epilogues if epilogue.name in CLAMP_KINDS), None)
     relu = clamp is not None and bounds_of(clamp)[0] == 0.0
