@@ -28,6 +28,7 @@ class Fact(Enum):
     NO_IDENTITIES = "ops that do nothing in evaluation are gone"
     PIECES_TAKEN = "every piece of a split tensor has an op of its own"
     SHUFFLES_RECOGNIZED = "channel shuffles that are spelt out are one op"
+    LINEARS_RECOGNIZED = "products with a constant are linears"
     BATCH_NORM_FOLDED = "batch-norms that can be folded are folded"
     SCALES_FOLDED = "constant factors that can be folded into weights are folded"
     PADDING_SEPARATED = "convolutions pad with zeros only"

@@ -34,6 +34,7 @@ from fxquant.passes.nest_modules import NestModules
 from fxquant.passes.prepack import Prepack
 from fxquant.passes.propagate_qconfigs import PropagateQConfigs, Subject
 from fxquant.passes.recognize_channel_shuffle import RecognizeChannelShuffle
+from fxquant.passes.recognize_linear import RecognizeLinear
 from fxquant.passes.remove_identities import WITHOUT_GRADIENT, RemoveIdentities
 from fxquant.passes.round_biases import RoundBiases
 from fxquant.passes.round_joined import RoundJoined
@@ -129,6 +130,7 @@ def prepare_pipeline(
             RemoveIdentities(),  # dropout and identity would stand between pattern members
             TakePieces(),  # specs are about ops with one result
             RecognizeChannelShuffle(),  # four ops on int8 values take five times as long as one
+            RecognizeLinear(),  # a product with a constant has no int8 kernel
             SeparatePadding(),  # int8 convolutions pad with zeros only
             FoldBatchNorm(),  # weights must be final before they are observed
             FoldChannelScale(),  # a product with a constant has no int8 kernel
@@ -166,6 +168,7 @@ def qat_prepare_pipeline(
             RemoveIdentities(WITHOUT_GRADIENT),  # they would stand between pattern members
             TakePieces(),  # specs are about ops with one result
             RecognizeChannelShuffle(),  # four ops on int8 values take five times as long as one
+            RecognizeLinear(trains=True),  # a product with a constant has no int8 kernel
             SeparatePadding(),  # int8 convolutions pad with zeros only
             FuseQat(),  # batch-norms train with the weight they will be folded into
             FusePatterns(QAT_FUSION_PATTERNS),  # values inside a pattern are not rounded

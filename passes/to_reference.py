@@ -491,7 +491,7 @@ class _Weights:
             qparams = self._parameters(node, weight, path, spec)
             store = self.rewriter.new_buffer
             self.made[key] = (
-                store(f"{node.name}_{name}", quantize_rows(weight, qparams)),
+                store(f"{node.name}_{name}", quantize_rows(weight, qparams).contiguous()),
                 store(f"{node.name}_{name}_scale", qparams.scale.clone()),
                 store(f"{node.name}_{name}_zero_point", qparams.zero_point.clone()),
             )

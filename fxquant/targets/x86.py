@@ -123,11 +123,11 @@ _FLOAT_REASONS: Mapping[str, str] = {
     ),
     "baddbmm": f"{_NO_KERNEL}; torch.bmm and an addition of their own run in int8",
     "addmm": (
-        f"{_NO_KERNEL} with a computed second factor; F.linear runs in int8 where that is a weight"
+        f"{_NO_KERNEL} with a computed second factor; with a constant one it is a linear, in int8"
     ),
     "einsum": (
         f"{_NO_KERNEL}, and quantized::matmul is no faster than the float product (12 x 128 x 64 x"
-        " 128: 288 us, 258 in FP32)"
+        " 128: 288 us, 258 in FP32); with a constant matrix it is a linear, in int8"
     ),
     "multihead_attention": (
         "its weights lie in one module that PyTorch computes as a whole. Prepared in evaluation"

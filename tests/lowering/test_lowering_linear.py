@@ -62,6 +62,15 @@ def test_inputs_that_are_not_contiguous(lower: Lower) -> None:
     case.check(torch.randn(23, 6, 5).permute(2, 1, 0))
 
 
+def test_weights_that_are_not_contiguous(lower: Lower) -> None:
+    model = TwoLinears()
+    for linear in (model.first, model.second):
+        linear.weight = nn.Parameter(linear.weight.detach().t().contiguous().t())
+        assert not linear.weight.is_contiguous()
+    case = lower(model, _input())
+    case.check(_input(3, 4))
+
+
 EPILOGUES: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
     "relu": (F.relu, "quantized::linear (", "relu"),
     "relu6": (F.relu6, "quantized::linear", "hardtanh"),
