@@ -381,7 +381,7 @@ def _failing(failing: Counter[str]) -> str:
 # -- the command ----------------------------------------------------------------------------------
 
 
-def _apart(function: Callable[..., Any], *arguments: Any) -> Any:
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call in a process of its own, so that one network's memory is gone before the next."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
@@ -402,11 +402,11 @@ def main() -> None:
             if record is None:
                 parser.error(f"{name} is not in {RECORDS} yet; run without --latency and --memory")
             if options.latency and (options.again or record.latency is None):
-                record = replace(record, latency=_apart(measure_latency, name, options.threads))
+                record = replace(record, latency=apart(measure_latency, name, options.threads))
             if options.memory and (options.again or record.memory is None):
                 record = replace(record, memory=memory_cost(f"{TORCHVISION_PREFIX}{name}"))
         elif options.again or record is None:
-            found = _apart(measure, name)
+            found = apart(measure, name)
             record = (
                 found
                 if record is None

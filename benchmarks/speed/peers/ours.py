@@ -1,0 +1,39 @@
+"""fxquant with its defaults: the converted model, and what ``fxquant.optimize`` makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import fxquant
+from benchmarks.speed.peers import Job, Load, Ready, UnavailableError
+from benchmarks.speed.peers._torch import ready
+from fxquant.graph_module import QuantGraphModule
+
+_BATCH = 8
+
+
+def prepare(job: Job, *, optimized: bool = False) -> Load:
+    """Quantize, statically or dynamically as the workload says."""
+    optimize: Callable[..., Any] | None = getattr(fxquant, "optimize", None)
+    if optimized and optimize is None:
+        raise UnavailableError("this fxquant has no optimize")
+    model = _quantized(job)
+    settings = "defaults; dynamic" if job.workload.dynamic else "defaults; static"
+
+    def load() -> Ready:
+        if not optimized or optimize is None:
+            return ready(job, model, settings)
+        return ready(job, optimize(model, (job.workload.example,)), f"{settings}; optimize()")
+
+    return load
+
+
+def _quantized(job: Job) -> QuantGraphModule:
+    workload = job.workload
+    examples = (workload.example,)
+    if workload.dynamic:
+        return fxquant.quantize_dynamic(workload.model, example_inputs=examples)
+    prepared = fxquant.prepare_fx(workload.model, None, examples)
+    fxquant.calibrate(prepared, list(workload.calibration.split(_BATCH)), progress=False)
+    return fxquant.convert_fx(prepared)
