@@ -12,7 +12,7 @@ import functools
 import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Final
 
 import torch
@@ -115,21 +115,40 @@ def _plain_signature(gm: fx.GraphModule) -> fx.Graph:
         if node.op == "output":
             value = fx.map_arg(node.args[0], known.__getitem__)
             if info is not None and info.out_spec is not None:
-                value = _nested(list(value), info.out_spec)
+                value = _nested(graph, list(value), info.out_spec)
             graph.output(value)
         elif node not in known:
             known[node] = graph.node_copy(node, known.__getitem__)
     return graph
 
 
-def _nested(leaves: list[Any], spec: TreeSpec) -> Any:
+def _nested(graph: fx.Graph, leaves: list[Any], spec: TreeSpec) -> Any:
+    """The outputs as they are nested, which ``graph`` makes."""
     value = tree_unflatten(leaves, spec)
     try:
+        value = _made_by(graph, value)
         fx.Graph().create_node("output", "output", (fx.map_arg(value, lambda node: None),))
     except Exception as error:
         raise CaptureError(
             f"the outputs are nested in a {type(value).__name__}: {error}"
         ) from error
+    return value
+
+
+def _made_by(graph: fx.Graph, value: Any) -> Any:
+    """``value``, with calls for the dataclasses in it, of which fx would keep the fields alone."""
+    if is_dataclass(value) and not isinstance(value, type):
+        given = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
+        # What is None by default may have no name in the result, as in those of transformers.
+        defaults = {f.name: f.default for f in fields(value)}
+        kept = {k: _made_by(graph, v) for k, v in given.items() if v is not defaults[k]}
+        return graph.call_function(type(value), (), kept)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_made_by(graph, item) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_made_by(graph, item) for item in value)
+    if isinstance(value, dict):
+        return {key: _made_by(graph, item) for key, item in value.items()}
     return value
 
 
@@ -361,13 +380,12 @@ def _flat(value: Any) -> list[Any]:
     return [value]
 
 
-def _addmm(a: _Arguments) -> _Call | None:
-    weight = _transposed_weight(a["mat2"])
-    if weight is None or (a["beta"], a["alpha"]) != (1, 1):
-        return None
-    bias = a["input"]
-    if not isinstance(bias, fx.Node) or bias.op != "get_attr":
-        return None
+def _addmm(a: _Arguments) -> _Call:
+    weight, bias = _transposed_weight(a["mat2"]), a["input"]
+    factors = {name: a[name] for name in ("beta", "alpha") if a[name] != 1}
+    constant = isinstance(bias, fx.Node) and bias.op == "get_attr"
+    if weight is None or not constant or factors:
+        return _call(torch.addmm, bias, a["mat1"], a["mat2"], **factors)
     return _call(F.linear, a["mat1"], weight, bias)
 
 

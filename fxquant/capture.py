@@ -331,7 +331,10 @@ def own_copy(model: nn.Module, *, share: bool = False, keep: bool = False) -> nn
             # .data and not .detach(): the version counter is the model's own
             memo[id(tensor)] = nn.Parameter(tensor.data, requires_grad=tensor.requires_grad)
     try:
-        return copy.deepcopy(model, memo)
+        with warnings.catch_warnings():
+            # What torch.export makes holds specs of its inputs, whose copies warn of themselves.
+            warnings.filterwarnings("ignore", ".*LeafSpec.. is deprecated", FutureWarning)
+            return copy.deepcopy(model, memo)
     except Exception as error:
         raise CaptureError(
             f"the model {type(model).__name__} cannot be copied ({_first_line(error)}); fxquant"
@@ -433,6 +436,7 @@ class _Tracing:
             trace = self._with_inputs_free(examples, left_out, trace)
         owned, graph, islands = trace.owned, trace.graph, trace.islands
         _order_inputs(graph, trace.fixed, forward)
+        give_defaults(graph, self.concrete_args)
         _restore_attributes(owned, trace.before, self.diagnostics)
         _warn_of_writes(owned, trace.versions, self.diagnostics)
         self._warn(trace.conditions)
@@ -570,6 +574,16 @@ def _order_inputs(graph: fx.Graph, fixed: Mapping[str, Any], forward: Callable[.
         if place is not nodes[name]:
             place.prepend(nodes[name])
         last = nodes[name]
+
+
+def give_defaults(graph: fx.Graph, values: Mapping[str, Any]) -> None:
+    """Let callers leave out the inputs that are fixed to a value, where Python can say so."""
+    for node in reversed([node for node in graph.nodes if node.op == "placeholder"]):
+        name = str(node.target)
+        if name in values:
+            node.args = (values[name],)
+        elif not node.args and not name.startswith("*"):
+            return  # inputs without a default cannot follow one that has it
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Callable
+from dataclasses import is_dataclass
 
 from torch import Tensor, fx
 
@@ -20,6 +21,14 @@ def reads_only_shape(node: fx.Node) -> bool:
     if node.op == "call_function" and node.target is builtins.getattr:
         return node.args[1] in _SHAPE_ATTRIBUTES
     return node.op == "call_method" and node.target in _SHAPE_METHODS
+
+
+def is_container(node: fx.Node) -> bool:
+    """Whether ``node`` only puts values together: a call of a dataclass or a named tuple."""
+    kind = node.target
+    if node.op != "call_function" or not isinstance(kind, type):
+        return False
+    return is_dataclass(kind) or (issubclass(kind, tuple) and hasattr(kind, "_fields"))
 
 
 def value_users(node: fx.Node) -> list[fx.Node]:

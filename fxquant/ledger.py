@@ -7,7 +7,7 @@ import math
 import torch
 from torch import fx
 
-from fxquant.dataflow import has_float_input, is_float_tensor, looks_up
+from fxquant.dataflow import has_float_input, is_container, is_float_tensor, looks_up
 from fxquant.graph_module import OpEntry, QuantGraphModule
 from fxquant.metadata import TensorRecord, record_of, shape_of, tensor_records
 from fxquant.op_catalog import COMPUTE_KINDS
@@ -46,7 +46,7 @@ def build_ledger(gm: QuantGraphModule) -> tuple[OpEntry, ...]:
             continue
         float_input = has_float_input(gm, node)
         reads = float_input or looks_up(gm, node) or str(node.target) in islands
-        if not reads or not _gives_tensors(gm, node):
+        if not reads or is_container(node) or not _gives_tensors(gm, node):
             continue
         kind = kind_of(gm, node)
         path = str(node.target) if node.op == "call_module" else record_of(node).scope

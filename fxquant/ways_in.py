@@ -9,14 +9,14 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_map
 
 from fxquant.aten import is_aten
-from fxquant.capture import capture, own_copy
+from fxquant.capture import capture, give_defaults, own_copy
 from fxquant.errors import (
     CaptureError,
     CaptureWarning,
@@ -29,6 +29,9 @@ from fxquant.graph_module import QuantGraphModule
 from fxquant.islands import SWAPPED, CaptureOptions, Island, find_islands, holder_of
 from fxquant.ledger import build_ledger
 from fxquant.shapes import as_arguments, record_shapes
+
+_RECURRENT: Final = (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
+"""Modules that a graph must call: traced through, they are functions without int8 kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +133,8 @@ def capture_any(
         UntraceableError: under ``steering.strict``, the model or a part of it cannot be traced.
     """
     leaves = steering.leaves(model)
+    if type(model) in _RECURRENT:
+        model = _held(model, example_inputs)
     swapped, untraceable = "", None
     try:
         gm = capture(
@@ -143,10 +148,11 @@ def capture_any(
             strict_capture=steering.strict,
         )
     except UntraceableError as error:
-        if steering.strict or steering.concrete_args:
+        if steering.strict:
             raise
         untraceable = error
-        exported = _exported(model, example_inputs, leaves, trains=trains)
+        fixed = steering.concrete_args
+        exported = "" if trains or leaves else _exported(model, example_inputs, fixed)
         if isinstance(exported, nn.Module):
             diagnostics.warn(
                 f"{error}. Until then torch.export captured the model instead: its graph has"
@@ -155,6 +161,10 @@ def capture_any(
                 CaptureWarning,
             )
             gm = capture(exported, diagnostics, example_inputs, share=True)
+            give_defaults(gm.graph, fixed)
+            gm.recompile()
+        elif fixed:
+            raise
         else:
             gm = _calling(model, example_inputs, f"{error.line}{exported}", share=not trains)
             swapped = SWAPPED
@@ -169,22 +179,22 @@ def capture_any(
 
 
 def _exported(
-    model: nn.Module, example_inputs: object, leaves: Mapping[str, str], *, trains: bool
+    model: nn.Module, example_inputs: object, fixed: Mapping[str, Any]
 ) -> nn.Module | str:
     """The model as torch.export captures it, with free sizes; else why it does not."""
-    if trains or leaves:
-        return ""
     if example_inputs is None:
         return " (torch.export, the other way in, needs example inputs)"
     args, kwargs = as_arguments(example_inputs)
-    dynamic = tree_map(
-        _free_sizes, inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    )
     try:
+        bound = inspect.signature(model.forward).bind(*args, **{**fixed, **kwargs})
         copied = own_copy(model, share=True)
         with _quiet_torch():
             program = torch.export.export(
-                copied, args, kwargs, dynamic_shapes=dynamic, strict=False
+                copied,
+                bound.args,
+                bound.kwargs,
+                dynamic_shapes=tree_map(_free_sizes, bound.arguments),
+                strict=False,
             )
         return program.module()
     except Exception as error:  # noqa: BLE001  # torch.export raises many kinds
@@ -212,12 +222,17 @@ def _free_sizes(value: object) -> Any:
     return None
 
 
+def _held(model: nn.Module, example_inputs: object) -> nn.Module:
+    """A module that only calls ``model``, at the path ``SWAPPED``."""
+    arguments = None if example_inputs is None else as_arguments(example_inputs)
+    return holder_of(SWAPPED, model, arguments)
+
+
 def _calling(
     model: nn.Module, example_inputs: object, line: str, *, share: bool
 ) -> QuantGraphModule:
     """A graph that only calls ``model``, an island in it."""
-    arguments = None if example_inputs is None else as_arguments(example_inputs)
-    holder = holder_of(SWAPPED, model, arguments)
+    holder = _held(model, example_inputs)
     quiet = Diagnostics(silent=True)
     gm = capture(holder, quiet, example_inputs, share=share, leaves={SWAPPED: line})
     gm.update_state(islands=((SWAPPED, line),))

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from fxquant.dataflow import is_container
 from fxquant.graph_module import QuantGraphModule
 from fxquant.kernels import checked_input, in_format_of
 from fxquant.metadata import TensorRecord, record_of
@@ -47,15 +48,34 @@ class GuardBoundary(Pass):
             )
             rewriter.replace_uses(node, made)
         output = next(iter(reversed(gm.graph.nodes)))
-        for node in list(output.all_input_nodes):
-            if _rank(node) not in (4, 5) or node.target is in_format_of:
-                continue
-            if not record_of(node).made_by:
-                continue
-            like = next((i for i in images if _rank(i) == _rank(node)), None)
-            made = rewriter.call(in_format_of, (node, like), before=output, like=node)
-            rewriter.replace_argument(output, node, made)
+        lowered = _lowered(gm.graph)
+        for reader in _readers_outside(output):
+            for node in list(reader.all_input_nodes):
+                if _rank(node) not in (4, 5) or node.target is in_format_of:
+                    continue
+                if node not in lowered:
+                    continue
+                like = next((i for i in images if _rank(i) == _rank(node)), None)
+                made = rewriter.call(in_format_of, (node, like), before=reader, like=node)
+                rewriter.replace_argument(reader, node, made)
         return PassResult(changes=rewriter.finish())
+
+
+def _lowered(graph: fx.Graph) -> set[fx.Node]:
+    """What passes made, and what reads it: floats in the layout of a kernel's result."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if record_of(node).made_by or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _readers_outside(output: fx.Node) -> list[fx.Node]:
+    """The output, and the dataclasses and named tuples in it."""
+    found = [output]
+    for reader in found:
+        found += [node for node in reader.all_input_nodes if is_container(node)]
+    return found
 
 
 def _rank(node: fx.Node) -> int | None:

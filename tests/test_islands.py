@@ -921,6 +921,20 @@ def test_concrete_args() -> None:
         prepare_fx(model, None, (X, 3), concrete_args={"mod": 3})
 
 
+class Optional(Flagged):
+    def forward(self, x: Tensor, mode: int = 0, scale: float = 1.0) -> Tensor:  # type: ignore[override]
+        return super().forward(x, mode) * scale
+
+
+def test_a_fixed_input_need_not_be_given() -> None:
+    model = Optional().eval()
+    gm = prepare_fx(model, None, (X,), concrete_args={"mode": 3})
+    torch.testing.assert_close(gm(X), model(X, 3))
+    torch.testing.assert_close(gm(X, scale=2.0), model(X, 3, 2.0))
+    with pytest.raises((AssertionError, ValueError), match="mode"):
+        gm(X, 0)
+
+
 def test_fuse_fx_tells_of_islands() -> None:
     with pytest.warns(CaptureWarning, match="stays in FP32 as an opaque island"):
         fused = fuse_fx(net(Decoder))

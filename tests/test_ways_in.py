@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from fxquant import (
     CaptureWarning,
     QConfigMapping,
     QuantGraphModule,
+    ShapeGuardError,
     audit,
     calibrate,
     convert_fx,
+    default_dynamic_qconfig,
     explain,
     get_default_qconfig,
     load,
@@ -30,6 +33,7 @@ from fxquant import (
     quantize,
     save,
 )
+from fxquant.errors import UntraceableError
 from fxquant.metadata import record_of
 from fxquant.op_rows import Runs
 from fxquant.passes.to_reference import is_observer
@@ -59,6 +63,32 @@ def observers(gm: QuantGraphModule) -> list[str]:
 def integer_weights(gm: QuantGraphModule) -> list[str]:
     found = [n for n, b in gm.named_buffers() if b.dtype is torch.int8 and b.dim() > 1]
     return [name for name in found if not name.endswith("zero_point")]
+
+
+# -- a single layer -------------------------------------------------------------------------------
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "LSTM": (lambda: nn.LSTM(8, 8, 2), (5, 2, 8)),
+    "GRU": (lambda: nn.GRU(8, 8), (5, 2, 8)),
+    "LSTMCell": (lambda: nn.LSTMCell(8, 8), (2, 8)),
+    "GRUCell": (lambda: nn.GRUCell(8, 8), (2, 8)),
+    "RNNCell": (lambda: nn.RNNCell(8, 8), (2, 8)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_recurrent_layer_alone(name: str) -> None:
+    torch.manual_seed(0)
+    (make, shape) = LAYERS[name]
+    model, x = make().eval(), floats(*shape)
+    int8 = convert_fx(prepared(model, x, mapping={"": default_dynamic_qconfig}))
+    assert audit(int8, (x,)).confirmed
+    assert [row.runs for row in explain(int8).rows] == [Runs.INT8]
+    wanted, found = model(x), int8(x)
+    while isinstance(wanted, tuple):
+        wanted, found = wanted[0], found[0]
+    assert sqnr(wanted, found) > 30
+    assert set(model.state_dict()) == set(make().state_dict())
 
 
 # -- nothing can be traced ------------------------------------------------------------------------
@@ -95,6 +125,57 @@ def test_torch_export_is_the_second_way() -> None:
     with pytest.warns(CaptureWarning):
         gm = prepared(model, *inputs, mapping={"": get_default_qconfig("x86"), "last": None})
     assert explain(gm).row("last").runs is Runs.FP32
+
+
+@dataclass
+class Result:
+    y: Tensor
+    images: tuple[Tensor, ...]
+    kept: Any = None
+
+
+torch.export.register_dataclass(Result)
+
+
+class Caches(nn.Module):
+    """Not traced as it is; exported where ``keep`` is fixed: its result is of no known kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, *rest: Tensor, keep: bool = True) -> Any:
+        for other in rest:
+            x = x + other
+        image = self.conv(x)
+        result = Result(self.last(image.mean((2, 3))), (image, image * 2))
+        return {"result": result, "kept": object()} if keep else result
+
+
+def test_fixed_inputs_of_an_export() -> None:
+    torch.manual_seed(0)
+    model, inputs = Caches().eval(), (floats(2, 3, 8, 8), floats(2, 3, 8, 8))
+    with pytest.warns(CaptureWarning, match=r"torch\.export captured the model instead"):
+        gm = prepare_fx(model, None, inputs, concrete_args={"keep": False})
+    int8 = convert_fx(calibrate(gm, [inputs]))
+    assert audit(int8).mac_coverage == 1.0
+    for found in (gm(*inputs), int8(*inputs), int8(*inputs, keep=False)):
+        wanted = model(*inputs, keep=False)
+        assert type(found) is Result
+        assert type(found.images) is tuple
+        assert found.kept is None
+        assert sqnr(wanted.y, found.y) > 30
+        assert [y.stride() for y in found.images] == [y.stride() for y in wanted.images]
+    with pytest.raises(ShapeGuardError, match="keep == False"):
+        int8(*inputs, keep=True)
+    assert {row.kind for row in explain(int8).rows} <= {"add", "conv2d", "mean", "linear", "mul"}
+
+
+def test_a_fixed_input_does_not_hide_why_nothing_captures() -> None:
+    with pytest.raises(UntraceableError, match=r"Caches\.forward cannot be traced"):
+        prepare_fx(
+            Caches(), None, (floats(2, 3, 8, 8), floats(2, 3, 8, 8)), concrete_args={"keep": True}
+        )
 
 
 class Decides(nn.Module):
