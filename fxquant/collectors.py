@@ -241,7 +241,7 @@ class PerChannelMinMaxCollector(Collector):
         if axis < 0 or axis >= x.dim():
             self._refuse_shape(x, f"has no axis {self.ch_axis}")
         rows = x.detach().to(torch.float32).movedim(axis, 0).reshape(x.size(axis), -1)
-        low, high = torch.aminmax(rows, dim=1)
+        low, high = torch.amin(rows, dim=1), torch.amax(rows, dim=1)  # aminmax takes ten times that
         if self.min_val.numel() != 0 and self.min_val.numel() != low.numel():
             self._refuse_shape(x, f"has {low.numel()} channels, not {self.min_val.numel()}")
         return low, high

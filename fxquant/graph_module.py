@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -23,6 +23,7 @@ from fxquant.autocast import is_autocast, no_autocast, widened
 from fxquant.clamps import high_is_free, low_is_free
 from fxquant.errors import ConfigError, LoweringError
 from fxquant.graph_codec import EncodedNode, decode_graph, encode_graph
+from fxquant.late_code import may_wait
 from fxquant.metadata import record_of, set_record
 from fxquant.op_view import attribute
 
@@ -222,10 +223,15 @@ class QuantGraphModule(fx.GraphModule):
         if "packs" in changes:
             self._offer_packed()
 
-    def add_fate(self, name: str, sentence: str) -> None:
-        """Record what became of an op of the float graph that no node carries out any more."""
-        if (name, sentence) not in self._state.fates:
-            self.update_state(fates=(*self._state.fates, (name, sentence)))
+    def add_fates(self, fates: Mapping[str, str]) -> None:
+        """Record what became of ops of the float graph that no node carries out any more.
+
+        Args:
+            fates: name of the op -> sentence.
+        """
+        known = dict.fromkeys((*self._state.fates, *fates.items()))
+        if len(known) > len(self._state.fates):
+            self.update_state(fates=tuple(known))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph; a converted one as it is, also under ``torch.autocast``.
@@ -255,6 +261,26 @@ class QuantGraphModule(fx.GraphModule):
         from fxquant.kernel_view import view_of
 
         return view_of(self, name)
+
+    # -- code ---------------------------------------------------------------------------------
+
+    def recompile(self) -> fx.graph.PythonCode:
+        """Write the code anew, or later; see :func:`fxquant.late_code.code_written_once`."""
+        if not may_wait(self):
+            return super().recompile()
+        type(self).forward = _forward_of_changed
+        return fx.graph.PythonCode("", {}, None)
+
+    def write_code(self) -> None:
+        """Write the code, where the graph was changed since it was written."""
+        if type(self).forward is _forward_of_changed:
+            super().recompile()
+
+    @property
+    def code(self) -> str:
+        """The Python code of the graph."""
+        self.write_code()
+        return super().code
 
     # -- states -------------------------------------------------------------------------------
 
@@ -467,6 +493,12 @@ class QuantGraphModule(fx.GraphModule):
             _rebuild,
             (parts, extra, encode_graph(self.graph), self._state, self.training, meta),
         )
+
+
+def _forward_of_changed(self: QuantGraphModule, *args: Any, **kwargs: Any) -> Any:
+    """``forward`` of a graph whose code is not written yet."""
+    self.write_code()
+    return self.forward(*args, **kwargs)
 
 
 def _rebuild(

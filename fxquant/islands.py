@@ -546,7 +546,7 @@ class ConvertIslands:
     diagnostics: Diagnostics
 
     def __call__(
-        self, path: str, module: nn.Module, qconfig: QConfig | None, observer: Any
+        self, path: str, module: nn.Module, qconfig: QConfig | None, observed: Callable[[], Any]
     ) -> nn.Module | None:
         """``module`` with its parts converted, or ``None`` where there are none."""
         found = [part for part in parts_below(module) if part.state.stage is Stage.PREPARED]

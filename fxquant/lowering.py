@@ -143,6 +143,19 @@ class Site:
         return 0 if self.quantize is None else Bound(_buffer(self.quantize.args[2]))
 
 
+class _Values(dict[object, IntValue]):
+    """Quantize node -> its value, and what allocated a value -> the quantize nodes that hold it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.holders: dict[fx.Node | None, list[fx.Node]] = {}
+
+    def __setitem__(self, key: object, value: IntValue) -> None:
+        super().__setitem__(key, value)
+        if isinstance(key, fx.Node):
+            self.holders.setdefault(value.root, []).append(key)
+
+
 @dataclass
 class Lowering:
     """State of one lowering: what integers exist, and how to make more.
@@ -156,7 +169,7 @@ class Lowering:
     """
 
     rewriter: GraphRewriter
-    values: dict[object, IntValue] = field(default_factory=dict)
+    values: _Values = field(default_factory=_Values)
     order: Mapping[fx.Node, int] = field(default_factory=dict)
     engines: tuple[str, ...] = ()
     limits: list[WeightLimit] = field(default_factory=list)
@@ -329,9 +342,7 @@ class Lowering:
     def last_reader(self, value: IntValue) -> tuple[int, str]:
         """When the memory of ``value`` is read last, and by which reference node."""
         last, name = -1, ""
-        for quantize, other in self.values.items():
-            if other.root is not value.root or not isinstance(quantize, fx.Node):
-                continue
+        for quantize in self.values.holders.get(value.root, []):
             for user in quantize.users:
                 readers = user.users if user.target in DEQUANTIZING else [user]
                 for reader in readers:

@@ -17,7 +17,7 @@ from fxquant.collectors import (
 )
 from fxquant.errors import NonFiniteStatisticError
 from fxquant.observers import FixedQParamsObserver
-from fxquant.qconfig import QConfig, spec_of
+from fxquant.qconfig import QConfig, read_observer
 from fxquant.range_rules import MinMaxRule
 from fxquant.slices import all_finite
 from fxquant.specs import QParams, QuantSpec, choose_qparams
@@ -74,9 +74,9 @@ def in_half_precision(qparams: QParams) -> QParams:
 
 def spec_of_observer(observer: nn.Module) -> QuantSpec:
     """What an observer wants, read by duck typing."""
-    factory = spec_of(lambda: observer)
-    assert factory is not None and factory.spec is not None
-    return factory.spec
+    spec = read_observer(observer, type(observer)).spec
+    assert spec is not None
+    return spec
 
 
 def unite(observers: list[nn.Module]) -> QParams:
@@ -145,12 +145,25 @@ def weight_qparams(weight: Tensor, spec: QuantSpec, qconfig: QConfig, name: str)
     Raises:
         NonFiniteStatisticError: the weight holds NaN or Inf.
     """
-    if not all_finite(weight):
+    observer: Any = qconfig.weight().to(weight.device)
+    try:
+        if not _refuses_infinite(observer) and not all_finite(weight):
+            raise NonFiniteStatisticError("found when looked for")
+        return _qparams_of_weight(observer, weight, spec)
+    except NonFiniteStatisticError as error:
         raise NonFiniteStatisticError(
             f"the weight of {name!r} holds NaN or Inf; it cannot be quantized. Check the"
             " checkpoint, and the running variance of a batch-norm folded into it"
-        )
-    observer: Any = qconfig.weight().to(weight.device)
+        ) from error
+
+
+def _refuses_infinite(observer: nn.Module) -> bool:
+    """Whether an observer looks for NaN and Inf itself in all that it sees."""
+    ours = type(observer).__module__.startswith("fxquant.")
+    return ours and isinstance(getattr(observer, "collector", None), Collector)
+
+
+def _qparams_of_weight(observer: Any, weight: Tensor, spec: QuantSpec) -> QParams:
     if spec_of_observer(observer) == spec:
         observer(weight)
         return qparams_of(observer, spec)

@@ -71,11 +71,12 @@ class PartialFactory:
         callables: keyword arguments that are computed by a call each time.
     """
 
-    __slots__ = ("arguments", "callables", "target")
+    __slots__ = ("arguments", "callables", "known", "target")
 
     target: Callable[..., Any]
     arguments: Mapping[str, Any]
     callables: Mapping[str, Callable[[], Any]]
+    known: Any  # what fxquant.qconfig.spec_of read from an instance
 
     def __init__(
         self,
@@ -86,6 +87,7 @@ class PartialFactory:
         self.target = target
         self.arguments = dict(arguments or {})
         self.callables = dict(callables or {})
+        self.known = None
 
     def __reduce__(self) -> tuple[object, ...]:
         values = (self.target, name_schemes(self.arguments), self.callables)

@@ -11,14 +11,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from torch import nn
 
 from fxquant.errors import Diagnostics, PassContractError
-from fxquant.graph_module import QuantGraphModule
+from fxquant.graph_module import GraphState, QuantGraphModule
+from fxquant.late_code import code_written_once
 from fxquant.metadata import record_of
-from fxquant.op_view import attribute
+from fxquant.op_view import attribute, submodule
 from fxquant.targets.table import Target
 from fxquant.verify import verify
+from fxquant.weight_fit import KnownWeights
 
 
 class Fact(Enum):
@@ -88,10 +92,12 @@ class PassContext:
     Attributes:
         target: the op table.
         diagnostics: takes warnings.
+        weights: what is known of weights that were quantized.
     """
 
     target: Target
     diagnostics: Diagnostics = field(default_factory=Diagnostics)
+    weights: KnownWeights = field(default_factory=KnownWeights)
 
 
 class Pass(ABC):
@@ -153,9 +159,18 @@ class Pipeline:
             PassContractError: a pass lied about its changes.
             GraphError: a pass left the graph in a state that is not allowed, named with the pass.
         """
-        results: dict[str, PassResult] = {}
-        for item in self.passes:
-            results[item.name] = run_pass(item, gm, context, check=check)
+        with code_written_once():
+            if not check:
+                return {item.name: item.run(gm, context) for item in self.passes}
+            results: dict[str, PassResult] = {}
+            seen = fingerprint(gm)
+            verified: GraphState | None = None
+            for item in self.passes:
+                results[item.name], after = _run_checked(item, gm, context, seen)
+                # A graph that is what it was when it was verified needs no second look.
+                if after is not seen or gm.state is not verified:
+                    verify(gm, made_by=item.name)
+                seen, verified = after, gm.state
         return results
 
 
@@ -163,11 +178,20 @@ def run_pass(
     item: Pass, gm: QuantGraphModule, context: PassContext, *, check: bool = True
 ) -> PassResult:
     """Run one pass and hold it to its word; see :meth:`Pipeline.run`."""
-    before = fingerprint(gm) if check else None
-    result = item.run(gm, context)
     if not check:
-        return result
-    changed = fingerprint(gm) != before
+        return item.run(gm, context)
+    result, _ = _run_checked(item, gm, context, fingerprint(gm))
+    verify(gm, made_by=item.name)
+    return result
+
+
+def _run_checked(
+    item: Pass, gm: QuantGraphModule, context: PassContext, before: Fingerprint
+) -> tuple[PassResult, Fingerprint]:
+    """The result of a pass, and ``before`` where it changed nothing, else the new fingerprint."""
+    result = item.run(gm, context)
+    after = fingerprint(gm)
+    changed = after != before
     if changed and not result.changes:
         raise PassContractError(
             f"pass {item.name!r} says that it changed nothing, but the graph is different"
@@ -177,29 +201,73 @@ def run_pass(
             f"pass {item.name!r} says that it made {result.changes} change(s), but the graph is the"
             " same"
         )
-    verify(gm, made_by=item.name)
-    return result
+    return result, after if changed else before
 
 
-def fingerprint(gm: QuantGraphModule) -> int:
-    """A hash of the nodes, their metadata and the identity of the tensors they read."""
-    parts: list[object] = []
+@dataclass(frozen=True, slots=True, eq=False)
+class Fingerprint:
+    """What a graph was: its nodes, their records, and which tensors in which version they read.
+
+    Attributes:
+        nodes: of every node op, name, target, arguments, keyword arguments and record. All are
+            immutable, so most of them are the same objects as long as nothing changes.
+        parts: of every node that reads something of the module, what that was.
+        state: what of the state of the graph counts.
+    """
+
+    nodes: tuple[tuple[Any, ...], ...]
+    parts: tuple[tuple[Any, ...], ...]
+    state: tuple[Any, ...]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Fingerprint):
+            return NotImplemented
+        return (
+            len(self.nodes) == len(other.nodes)
+            and self.parts == other.parts
+            and self.state == other.state
+            and all(map(_same_node, self.nodes, other.nodes))
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # records are compared, not hashed
+
+
+def fingerprint(gm: QuantGraphModule) -> Fingerprint:
+    """What the graph is now, to be compared with what it was or will be."""
+    nodes: list[tuple[Any, ...]] = []
+    parts: list[tuple[Any, ...]] = []
     packed = {record.name for record in gm.state.packs}
     for node in gm.graph.nodes:
-        parts.append((node.op, node.name, str(node.target), str(node.args), str(node.kwargs)))
-        parts.append(hash_of_record(record_of(node)))
+        nodes.append((node.op, node.name, node.target, node.args, node.kwargs, record_of(node)))
         if node.op == "get_attr" and str(node.target) not in packed:
             value = attribute(gm, str(node.target))
             parts.append((id(value), getattr(value, "_version", 0)))
         elif node.op == "call_module":
-            module = gm.get_submodule(str(node.target))
-            tensors = (*module.named_parameters(), *module.named_buffers())
-            parts.extend((name, id(tensor), tensor._version) for name, tensor in tensors)
-            parts.append((getattr(module, "inplace", None), module.training))
-    parts.append(gm.state.fates)
-    parts.append(gm.state.stage)
-    parts.append(repr(gm.state.packs))
-    return hash(tuple(parts))
+            parts.append(_module_now(submodule(gm, str(node.target))))
+    state = gm.state
+    return Fingerprint(tuple(nodes), tuple(parts), (state.fates, state.stage, repr(state.packs)))
+
+
+def _module_now(module: nn.Module) -> tuple[Any, ...]:
+    """Flags of a module, and the names, identities and versions of its tensors."""
+    found: list[Any] = [getattr(module, "inplace", None), module.training]
+    for holder in module.modules() if module._modules else (module,):
+        for tensors in (holder._parameters, holder._buffers):
+            found += [(k, id(t), t._version) for k, t in tensors.items() if t is not None]
+    return tuple(found)
+
+
+def _same_node(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    *call, record = one
+    *other_call, other_record = other
+    return all(map(_same, call, other_call)) and (
+        record is other_record or hash_of_record(record) == hash_of_record(other_record)
+    )
+
+
+def _same(one: object, other: object) -> bool:
+    """As written: ``1`` is not ``1.0``; a node that is renamed is itself another one."""
+    return one is other or str(one) == str(other)
 
 
 def hash_of_record(record: object) -> int:

@@ -207,7 +207,7 @@ class ObserverFactory:
 
 
 def spec_of(factory: Factory | None) -> ObserverFactory | None:
-    """Read a factory's observer into a frozen spec; instantiates it once.
+    """Read a factory's observer into a frozen spec; instantiates it once, and ours once for all.
 
     Understands fxquant's and torch.ao's observers and fake quantizers, and anything that has
     their attributes (``dtype``, ``qscheme``, ``quant_min``, ``quant_max``, ``ch_axis``,
@@ -224,7 +224,31 @@ def spec_of(factory: Factory | None) -> ObserverFactory | None:
     """
     if factory is None:
         return None
-    made = _make(factory)
+    if not _makes_equals(factory):
+        return read_observer(_make(factory), factory)
+    assert isinstance(factory, PartialFactory)
+    if factory.known is None:
+        factory.known = read_observer(_make(factory), factory)
+    found: ObserverFactory = factory.known
+    return found
+
+
+def _makes_equals(factory: Factory) -> bool:
+    """Whether everything that ``factory`` makes is alike: it is immutable, and calls a class."""
+    if not isinstance(factory, PartialFactory):
+        return False
+    inner = [value for value in factory.arguments.values() if isinstance(value, PartialFactory)]
+    constant = isinstance(factory.target, type) and not factory.callables
+    return constant and all(map(_makes_equals, inner))
+
+
+def read_observer(made: object, factory: Factory) -> ObserverFactory:
+    """What an observer or fake quantizer wants; see :func:`spec_of`.
+
+    Args:
+        made: the observer.
+        factory: what made it.
+    """
     name = type(made).__name__
     if not isinstance(made, nn.Module):
         raise ConfigError(f"{_shown(factory)} makes a {name}, not an observer module")

@@ -26,6 +26,7 @@ from fxquant.errors import (
 from fxquant.graph_codec import encode_graph
 from fxquant.graph_module import QuantGraphModule, Stage
 from fxquant.islands import ConvertIslands, Island, NestIslands, Part, subjects_in
+from fxquant.late_code import code_written_once
 from fxquant.ledger import build_ledger
 from fxquant.op_view import Form, op_of
 from fxquant.pass_manager import PassContext, Pipeline
@@ -64,6 +65,7 @@ _MISSING: Final = _Missing()
 
 
 @without_autocast
+@code_written_once()
 def prepare_fx(
     model: nn.Module,
     qconfig_mapping: QConfigMapping | Mapping[Any, Any] | None = None,
@@ -125,6 +127,7 @@ def prepare_fx(
 
 
 @without_autocast
+@code_written_once()
 def prepare_qat_fx(
     model: nn.Module,
     qconfig_mapping: QConfigMapping | Mapping[Any, Any] | None = None,
@@ -253,6 +256,7 @@ def _run_prepare(
 
 
 @without_autocast
+@code_written_once()
 def convert_fx(prepared: nn.Module, *, strict: bool = False) -> QuantGraphModule:
     """Turn a calibrated module into one that runs int8 kernels.
 
@@ -279,6 +283,7 @@ def convert_fx(prepared: nn.Module, *, strict: bool = False) -> QuantGraphModule
 
 
 @without_autocast
+@code_written_once()
 def convert_to_reference_fx(prepared: nn.Module, *, strict: bool = False) -> QuantGraphModule:
     """Turn a calibrated module into quantize, dequantize and float ops.
 
@@ -300,6 +305,7 @@ def convert_to_reference_fx(prepared: nn.Module, *, strict: bool = False) -> Qua
 
 
 @without_autocast
+@code_written_once()
 def fuse_fx(
     model: nn.Module, *, example_inputs: Any = None, strict: bool = False
 ) -> QuantGraphModule:

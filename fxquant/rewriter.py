@@ -113,11 +113,16 @@ class GraphRewriter:
         self.changes += 1
         return name
 
-    def fresh_name(self, wish: str) -> str:
-        """``wish`` with dots as underscores, numbered where the root already has it."""
+    def fresh_name(self, wish: str, taken: Container[str] = ()) -> str:
+        """``wish`` with dots as underscores, numbered where the root already has it.
+
+        Args:
+            wish: the name.
+            taken: names that the root will have.
+        """
         base = wish.replace(".", "_")
         name, number = base, 0
-        while hasattr(self.gm, name):
+        while name in taken or hasattr(self.gm, name):
             number += 1
             name = f"{base}_{number}"
         return name

@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_map_only
 
 from fxquant.errors import CaptureWarning, Diagnostics
 from fxquant.graph_module import QuantGraphModule
 from fxquant.metadata import TensorRecord, ValueRecord, map_value, update_record
+from fxquant.op_view import attribute, submodule
+from fxquant.shape_rules import given_by_rule
 
 _PACKAGE = Path(__file__).parent
 _TORCH = Path(torch.__file__).parent
@@ -55,6 +57,34 @@ class _Recorder(fx.Interpreter):
             value, lambda t: TensorRecord(shape=tuple(int(s) for s in t.shape), dtype=t.dtype)
         )
         return value
+
+
+class _FakeRecorder(_Recorder):
+    """Runs a graph in fake mode, on copies of what it reads: buffers, and modules that have to run.
+
+    What is written in place is written even in fake mode, for tensors of one number are real there.
+    """
+
+    def __init__(self, gm: fx.GraphModule, inputs: Mapping[str, Any]) -> None:
+        super().__init__(gm, inputs)
+        self._memo: dict[int, Any] = {id(tensor): tensor for tensor in gm.parameters()}
+        self._copies: dict[str, Any] = {}
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        made = given_by_rule(submodule(self.module, str(target)), args, kwargs)
+        return self._copy_of(str(target))(*args, **kwargs) if made is None else made
+
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._copy_of(str(target))
+
+    def _copy_of(self, target: str) -> Any:
+        if target not in self._copies:
+            with unset_fake_temporarily():
+                copied = copy.deepcopy(attribute(self.module, target), self._memo)
+            if isinstance(copied, nn.Module):
+                copied.eval()
+            self._copies[target] = copied
+        return self._copies[target]
 
 
 def is_user_code(filename: str) -> bool:
@@ -154,18 +184,19 @@ def _run(
     gm: QuantGraphModule, example_inputs: object, *, fake: bool
 ) -> dict[str, ValueRecord] | Exception:
     """The records of a run in evaluation mode, or why there are none."""
-    try:  # what a graph writes in place, it writes even in fake mode: buffers are copied
-        scratch = copy.deepcopy(gm, {id(tensor): tensor for tensor in gm.parameters()}).eval()
+    try:
         with contextlib.ExitStack() as stack:
-            make: Callable[[torch.Tensor], torch.Tensor] = torch.clone
+            stack.enter_context(torch.no_grad())
+            given = as_arguments(example_inputs)
             if fake:
                 mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-                make = mode.from_tensor
+                args, kwargs = tree_map_only(torch.Tensor, mode.from_tensor, given)
+                recorder: _Recorder = _FakeRecorder(gm, _place(gm, args, kwargs))
             else:
                 stack.enter_context(torch.random.fork_rng(devices=()))
-            stack.enter_context(torch.no_grad())
-            args, kwargs = tree_map_only(torch.Tensor, make, as_arguments(example_inputs))
-            recorder = _Recorder(scratch, _place(gm, args, kwargs))
+                args, kwargs = tree_map_only(torch.Tensor, torch.clone, given)
+                scratch = copy.deepcopy(gm, {id(tensor): tensor for tensor in gm.parameters()})
+                recorder = _Recorder(scratch.eval(), _place(gm, args, kwargs))
             recorder.run()
     except Exception as error:  # noqa: BLE001  # whatever a user's model raises is reported
         return error

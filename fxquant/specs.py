@@ -484,6 +484,9 @@ def quantize(x: Tensor, qparams: QParams) -> Tensor:
     zero_point = _along_axis(qparams.zero_point, x, spec)
     values = x.to(torch.float32)
     narrow = spec.dtype.itemsize == 1
+    if narrow and not bool(zero_point.any()):  # then all ways below round the product, once
+        rounded = (values * inverse).round_()
+        return rounded.clamp_(spec.quant_min, spec.quant_max).to(spec.dtype)
     if (spec.is_per_channel and narrow) or spec.dtype == torch.int32:
         rounded = torch.round(values * inverse + zero_point.to(torch.float32))
     else:
@@ -513,8 +516,9 @@ def dequantize(q: Tensor, qparams: QParams) -> Tensor:
     zero_point = _along_axis(qparams.zero_point, q, spec)
     if spec.has_float_zero_point:
         return (q.to(torch.float32) - zero_point) * scale
-    wide = torch.int64 if spec.dtype == torch.int32 else torch.int32
-    return (q.to(wide) - zero_point.to(wide)).to(torch.float32) * scale
+    if spec.dtype.itemsize < 4:  # differences of less than 2**24 are float32 numbers
+        return q.to(torch.float32).sub_(zero_point).mul_(scale)
+    return (q.to(torch.int64) - zero_point.to(torch.int64)).to(torch.float32) * scale
 
 
 def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:

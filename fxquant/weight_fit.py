@@ -9,11 +9,13 @@ their full range. Halving all activations, the usual cure, costs 6 dB everywhere
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fxquant.errors import Diagnostics, LoweringWarning
 from fxquant.graph_module import QuantGraphModule
@@ -22,6 +24,7 @@ from fxquant.observed import weight_qparams
 from fxquant.op_view import Op, attribute, op_of
 from fxquant.pairing import KernelChoice, Pairing
 from fxquant.qconfig import QConfig
+from fxquant.slices import quantize_rows
 from fxquant.specs import QParams, QuantSpec, choose_qparams, dequantize, quantize
 from fxquant.targets.saturation import pairing_here
 
@@ -119,6 +122,55 @@ def _quality(weight: Tensor, qparams: QParams) -> float:
     return float(10 * torch.log10(weight.double().square().sum() / noise.clamp(min=1e-300)))
 
 
+class KnownWeights:
+    """Parameters and integers of weights, which several passes of a run ask for."""
+
+    def __init__(self) -> None:
+        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def qparams(
+        self, stored: Tensor, spec: QuantSpec, qconfig: QConfig, name: str, weight: Tensor
+    ) -> QParams:
+        """As :func:`fxquant.observed.weight_qparams`.
+
+        Args:
+            stored: the tensor of the module, as long as it is there.
+            spec: as there, and so on.
+            qconfig: as there.
+            name: as there.
+            weight: the values of ``stored``.
+        """
+        known = self._of(stored)
+        for wanted, factory, found in known.qparams:
+            if wanted == spec and factory is qconfig.weight:
+                return found
+        made = weight_qparams(weight, spec, qconfig, name)
+        known.qparams.append((spec, qconfig.weight, made))
+        return made
+
+    def integers(self, stored: Tensor, qparams: QParams, weight: Tensor) -> Tensor:
+        """As :func:`fxquant.slices.quantize_rows`; nobody writes the result."""
+        known = self._of(stored)
+        if known.integers is None or known.integers[0] is not qparams:
+            known.integers = qparams, quantize_rows(weight, qparams)
+        return known.integers[1]
+
+    def _of(self, stored: Tensor) -> _Known:
+        known = self._known.get(stored)
+        if known is None or known.version != stored._version:
+            known = self._known[stored] = _Known(stored._version)
+        return known  # type: ignore[no-any-return]  # torch's dictionary is untyped
+
+
+@dataclass
+class _Known:
+    """What is known of a tensor as long as it has this version."""
+
+    version: int
+    qparams: list[tuple[QuantSpec, Any, QParams]] = field(default_factory=list)
+    integers: tuple[QParams, Tensor] | None = None
+
+
 Selector = Callable[..., KernelChoice]
 """``(op, epilogues, *, integers)`` -> the kernel that the target will run."""
 
@@ -132,22 +184,25 @@ class WeightFitter:
     Attributes:
         gm: the prepared graph.
         select: the target's choice of kernels; ``None`` where it runs none.
+        known: what other passes of the run computed.
         reductions: node name -> what was changed for it.
     """
 
     gm: QuantGraphModule
     select: Selector | None
+    known: KnownWeights = field(default_factory=KnownWeights)
     reductions: dict[str, Reduction] = field(default_factory=dict)
     _choices: dict[int, list[KernelChoice]] = field(init=False)
 
     def __post_init__(self) -> None:
         self._choices = {}
+        fused = fused_ops(self.gm) if self.select is not None else {}
         for node, op in weighted_ops(self.gm) if self.select is not None else ():
             path = op.constant_path("weight")
             assert self.select is not None
             if path is None:
                 continue  # its observer, in the graph, decides; fit-weights looks again
-            choice = chosen(self.gm, node, op, self.select)
+            choice = chosen(node, op, self.select, fused)
             if choice.pairing not in (Pairing.NONE, Pairing.WRONG):
                 self._choices.setdefault(id(attribute(self.gm, path)), []).append(choice)
 
@@ -166,14 +221,19 @@ class WeightFitter:
         Raises:
             NonFiniteStatisticError: the weight holds NaN or Inf.
         """
-        usual = weight_qparams(weight, spec, qconfig, node.name)
-        choices = self._choices.get(id(attribute(self.gm, path)), [])
+        stored = attribute(self.gm, path)
+        usual = self.known.qparams(stored, spec, qconfig, node.name, weight)
+        choices = self._choices.get(id(stored), [])
         if not choices:
             return usual
         fitted, reduction = fit(weight.to(torch.float32), usual, choices)
         if reduction is not None:
             self.reductions[node.name] = reduction
         return fitted
+
+    def integers(self, path: str, weight: Tensor, qparams: QParams) -> Tensor:
+        """What ``weight``, which is at ``path``, is in integers; not to be written."""
+        return self.known.integers(attribute(self.gm, path), qparams, weight)
 
 
 def weighted_ops(gm: QuantGraphModule) -> list[tuple[fx.Node, Op]]:
@@ -194,17 +254,31 @@ def weighted_ops(gm: QuantGraphModule) -> list[tuple[fx.Node, Op]]:
     return found
 
 
-def chosen(gm: QuantGraphModule, node: fx.Node, op: Op, select: Selector) -> KernelChoice:
-    """The kernel that will run ``op`` with what is fused behind it."""
+def fused_ops(gm: QuantGraphModule) -> dict[int, list[tuple[fx.Node, str]]]:
+    """Number of a fused pattern -> its nodes in graph order, with the kinds of their ops."""
+    groups: dict[int, list[tuple[fx.Node, str]]] = {}
+    for node in gm.graph.nodes:
+        fusion = record_of(node).fusion
+        if fusion is not None:
+            op = op_of(gm, node)
+            groups.setdefault(fusion.group, []).append((node, "" if op is None else op.name))
+    return groups
+
+
+def chosen(
+    node: fx.Node, op: Op, select: Selector, fused: Mapping[int, Sequence[tuple[fx.Node, str]]]
+) -> KernelChoice:
+    """The kernel that will run ``op`` with what is fused behind it.
+
+    Args:
+        node: of the op.
+        op: convolution or linear.
+        select: the target's choice.
+        fused: of the graph, from :func:`fused_ops`.
+    """
     record = record_of(node)
-    epilogues = []
-    if record.fusion is not None:
-        for other in gm.graph.nodes:
-            fusion = record_of(other).fusion
-            if other is node or fusion is None or fusion.group != record.fusion.group:
-                continue
-            behind = op_of(gm, other)
-            epilogues.append("" if behind is None else behind.name)
+    members = () if record.fusion is None else fused[record.fusion.group]
+    epilogues = [kind for other, kind in members if other is not node]
     integers = record.annotation is not None and record.annotation.output is not None
     return select(op, epilogues, integers=integers)
 

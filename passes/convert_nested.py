@@ -18,12 +18,15 @@ from fxquant.passes.to_reference import is_observer
 from fxquant.qconfig import QConfig
 from fxquant.rewriter import GraphRewriter
 
+#: Gives the observer of a result; ``None`` where there is none.
+Observed = Callable[[], Any]
+
 #: (path, prepared module, its qconfig, observer of its result) -> the converted module; ``None``
 #: leaves it.
-Convert = Callable[[str, nn.Module, QConfig | None, Any], nn.Module | None]
+Convert = Callable[[str, nn.Module, QConfig | None, Observed], nn.Module | None]
 
 
-def nothing(path: str, module: nn.Module, qconfig: QConfig | None, observer: Any) -> None:
+def nothing(path: str, module: nn.Module, qconfig: QConfig | None, observed: Observed) -> None:
     """No module was prepared on its own."""
 
 
@@ -82,7 +85,10 @@ class _Module:
         modules = [gm.get_submodule(str(n.target)) for n in self.observing]
         module = gm.get_submodule(self.path)
         qconfig = record_of(self.calls[0]).qconfig
-        observer = united_observer(modules) if modules else None
+
+        def observer() -> Any:
+            return united_observer(modules) if modules else None
+
         made = convert(self.path, module, qconfig, observer)
         if made is None:
             self._leave_in_float()

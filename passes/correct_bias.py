@@ -21,7 +21,7 @@ from fxquant.parameters import store_parameter
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult, Refusal
 from fxquant.rewriter import GraphRewriter
 from fxquant.slices import row_slices, rows_of
-from fxquant.specs import dequantize, quantize
+from fxquant.specs import dequantize
 from fxquant.weight_fit import WeightFitter
 
 
@@ -41,7 +41,7 @@ class CorrectBias(Pass):
         """Correct in graph order; the size of each correction is kept in the op's reasons."""
         rewriter = GraphRewriter(gm, self.name)
         uses = _uses(gm)
-        fitter = WeightFitter(gm, context.target.select_kernel)
+        fitter = WeightFitter(gm, context.target.select_kernel, context.weights)
         refusals = []
         for node in list(gm.graph.nodes):
             if node.op != "call_module":
@@ -103,15 +103,17 @@ def weight_shift(
     assert path is not None
     weight = weight.detach()
     qparams = fitter.qparams(node, path, weight, annotation.weight, qconfig)
+    integers = fitter.integers(path, weight, qparams)
     groups = int(op.arguments.get("groups", 1))
     means = mean.reshape(groups, -1)
     group_of = torch.arange(weight.shape[0]) // (weight.shape[0] // groups)
     shifts = []
     for part in row_slices(weight):
-        values, own = weight[part].to(torch.float32), rows_of(qparams, part, weight.dim())
-        error = (dequantize(quantize(values, own), own) - values).to(torch.float64)
+        own = rows_of(qparams, part, weight.dim())
+        error = dequantize(integers[part], own).sub_(weight[part]).to(torch.float64)
         per_input = error.flatten(2).sum(2) if error.dim() > 2 else error
-        shifts.append((per_input * means[group_of[part]]).sum(1))
+        per_group = means if groups == 1 else means[group_of[part]]
+        shifts.append((per_input * per_group).sum(1))
     return torch.cat(shifts)
 
 

@@ -20,7 +20,7 @@ from fxquant.pairing import KernelChoice, Pairing
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
 from fxquant.rewriter import GraphRewriter
 from fxquant.specs import QParams, dequantize, quantize
-from fxquant.weight_fit import Reduction, chosen, fit, tell, weighted_ops
+from fxquant.weight_fit import Reduction, chosen, fit, fused_ops, tell, weighted_ops
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,13 @@ class FitWeights(Pass):
         if select is None:
             return PassResult(changes=0)
         rewriter = GraphRewriter(gm, self.name)
+        fused = fused_ops(gm)
         readers: dict[str, list[tuple[fx.Node, Op, KernelChoice]]] = {}
         for node, op in weighted_ops(gm):
             source = op.arguments["weight"]
             if not isinstance(source, fx.Node) or source.target is not DEQUANTIZE:
                 continue
-            choice = chosen(gm, node, op, select)
+            choice = chosen(node, op, select, fused)
             if choice.pairing not in (Pairing.NONE, Pairing.WRONG):
                 path = str(source.all_input_nodes[0].target)
                 readers.setdefault(path, []).append((node, op, choice))

@@ -103,7 +103,7 @@ def _fold(rewriter: GraphRewriter, match: Match) -> None:
             rewriter, base, "bias", (bias.detach().to(torch.float64) * factor).to(bias.dtype), bias
         )
     product = match.last
-    rewriter.gm.add_fate(product.name, f"folded into the weight of {match.first.name!r}")
+    rewriter.gm.add_fates({product.name: f"folded into the weight of {match.first.name!r}"})
     constants = [a for a in product.all_input_nodes if a.op == "get_attr"]
     rewriter.absorb(match.nodes[-2], product)
     rewriter.erase_dead(constants)

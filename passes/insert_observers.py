@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import fx, nn
 
 from fxquant.dataflow import is_float_tensor
@@ -41,6 +42,7 @@ class InsertObservers(Pass):
             return PassResult(changes=0)
         rewriter = GraphRewriter(gm, self.name)
         requests = _requests(gm, context.target)
+        device = device_of(gm)
         number = 0
         for value in list(gm.graph.nodes):
             given = value  # what readers get: the value, or its quantized form
@@ -49,7 +51,7 @@ class InsertObservers(Pass):
                 number += 1
                 observer = request.qconfig.activation()
                 observer.owner = f"{path} (output of {value.name!r})"
-                gm.add_module(path, on_device(observer, gm))
+                gm.add_module(path, on_device(observer, device))
                 node = rewriter.module_call(
                     path,
                     (given if request.again else value,),
@@ -189,7 +191,15 @@ def _group(value: fx.Node) -> int | None:
     return record_of(value).share_group
 
 
-def on_device(observer: nn.Module, gm: nn.Module) -> nn.Module:
-    """``observer`` on the device of the model's parameters, where there is one."""
+def device_of(gm: nn.Module) -> torch.device | None:
+    """The device of all parameters of ``gm``; ``None`` where they are on several, or none."""
     devices = {parameter.device for parameter in gm.parameters()}
-    return observer.to(devices.pop()) if len(devices) == 1 else observer
+    return devices.pop() if len(devices) == 1 else None
+
+
+def on_device(observer: nn.Module, device: torch.device | None) -> nn.Module:
+    """``observer`` on a device; where it is without one."""
+    tensors = (*observer.parameters(), *observer.buffers())
+    if device is None or all(tensor.device == device for tensor in tensors):
+        return observer
+    return observer.to(device)

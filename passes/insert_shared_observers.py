@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import fx
 
 from fxquant.dataflow import is_float_tensor
@@ -19,7 +20,7 @@ from fxquant.metadata import Annotation, record_of
 from fxquant.observed import spec_of_observer
 from fxquant.op_view import Form, op_of
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
-from fxquant.passes.insert_observers import OBSERVER_PREFIX, external_inputs, on_device
+from fxquant.passes.insert_observers import OBSERVER_PREFIX, device_of, external_inputs, on_device
 from fxquant.qconfig import QConfig, spec_of
 from fxquant.rewriter import GraphRewriter, leaves_of
 from fxquant.specs import QuantSpec
@@ -44,8 +45,14 @@ class InsertSharedObservers(Pass):
         """Insert in graph order."""
         if gm.state.stage is Stage.PREPARED:
             return PassResult(changes=0)
-        work = _Work(GraphRewriter(gm, self.name), context.target.is_float)
-        for node in list(gm.graph.nodes):
+        nodes = list(gm.graph.nodes)
+        work = _Work(
+            rewriter=GraphRewriter(gm, self.name),
+            is_float=context.target.is_float,
+            device=device_of(gm),
+            by_name={node.name: node for node in nodes},
+        )
+        for node in nodes:
             work.observe(node)
         gm.update_state(stage=Stage.PREPARED)
         work.rewriter.changes += 1
@@ -59,11 +66,15 @@ class _Work:
     Attributes:
         rewriter: of the graph.
         is_float: what counts as an activation.
+        device: where observers go.
+        by_name: the nodes that are not observers.
         behind: value -> the observers behind it, with what they look for.
     """
 
     rewriter: GraphRewriter
     is_float: Callable[[fx.GraphModule, fx.Node], bool]
+    device: torch.device | None
+    by_name: dict[str, fx.Node]
     behind: dict[fx.Node, list[tuple[QuantSpec, fx.Node]]] = field(default_factory=dict)
     number: int = 0
 
@@ -169,10 +180,7 @@ class _Work:
 
     def _head(self, node: fx.Node) -> fx.Node:
         fusion = record_of(node).fusion
-        if fusion is None:
-            return node
-        nodes: list[fx.Node] = list(self.rewriter.gm.graph.nodes)
-        return next(node for node in nodes if node.name == fusion.first)
+        return node if fusion is None else self.by_name[fusion.first]
 
     def _insert(
         self,
@@ -187,7 +195,7 @@ class _Work:
         self.number += 1
         if not hasattr(observer, "owner"):
             observer.owner = f"{path} (output of {value.name!r})"
-        gm.add_module(path, on_device(observer, gm))
+        gm.add_module(path, on_device(observer, self.device))
         node = self.rewriter.module_call(path, (value,), after=value, like=value, qconfig=qconfig)
         for reader in readers:
             self.rewriter.replace_argument(reader, value, node)

@@ -31,23 +31,28 @@ class Prepack(Pass):
         """Pack, and read the constants where the packing calls were."""
         rewriter = GraphRewriter(gm, self.name)
         names = {packer.function: name for name, packer in PACKERS.items()}
+        records: list[PackRecord] = []
+        taken: set[str] = set()
         for node in list(gm.graph.nodes):
             if node.op != "call_function" or node.target not in names:
                 continue
             packer = names[node.target]
             count = PACKERS[packer].tensors
             record = PackRecord(
-                name=rewriter.fresh_name(node.name),
+                name=rewriter.fresh_name(node.name, taken),
                 packer=packer,
                 tensors=tuple(
                     str(a.target) if isinstance(a, fx.Node) else "" for a in node.args[:count]
                 ),
                 options=tuple(node.args[count:]),
             )
-            gm.update_state(packs=(*gm.state.packs, record))
+            records.append(record)
+            taken.add(record.name)
             with gm.graph.inserting_before(node):
                 constant = gm.graph.create_node("get_attr", record.name)
             set_record(constant, NodeRecord(made_by=self.name, has_value=True))
             rewriter.replace_uses(node, constant)
             rewriter.erase_dead([node])
+        if records:
+            gm.update_state(packs=(*gm.state.packs, *records))
         return PassResult(changes=rewriter.finish())

@@ -39,6 +39,7 @@ class RemoveIdentities(Pass):
     def run(self, gm: QuantGraphModule, context: PassContext) -> PassResult:
         """Erase identities; their fate is kept for reports."""
         rewriter = GraphRewriter(gm, self.name)
+        fates = {}
         for node in list(gm.graph.nodes):
             op = op_of(gm, node)
             if op is None or op.name not in self.kinds:
@@ -49,7 +50,8 @@ class RemoveIdentities(Pass):
             if not isinstance(source, fx.Node) or _has_hooks(gm, node):
                 continue
             rewriter.absorb(source, node)  # whoever gives the value carries the op in reports
-            gm.add_fate(node.name, f"removed: {op.name} does nothing in evaluation")
+            fates[node.name] = f"removed: {op.name} does nothing in evaluation"
+        gm.add_fates(fates)
         return PassResult(changes=rewriter.finish())
 
 

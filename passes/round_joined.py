@@ -10,6 +10,7 @@ shows the readers of the result the coarsest.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ from fxquant.graph_module import QuantGraphModule
 from fxquant.metadata import NodeRecord, record_of
 from fxquant.op_view import op_of
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
-from fxquant.passes.insert_observers import OBSERVER_PREFIX, on_device
+from fxquant.passes.insert_observers import OBSERVER_PREFIX, device_of, on_device
 from fxquant.passes.to_reference import is_observer
 from fxquant.rewriter import GraphRewriter
 
@@ -40,11 +41,9 @@ class RoundJoined(Pass):
         nodes: list[fx.Node] = list(gm.graph.nodes)
         by_name = {node.name: node for node in nodes}
         number = sum(is_observer(node) for node in nodes)
-        observed = {
-            group
-            for group in {record_of(n).share_group for n in nodes if is_observer(n)}
-            if sum(record_of(n).share_group == group and is_observer(n) for n in nodes) > 1
-        }
+        device = device_of(gm)
+        observers = Counter(record_of(n).share_group for n in nodes if is_observer(n))
+        observed = {group for group, count in observers.items() if count > 1}
         for node in nodes:
             record, op = record_of(node), op_of(gm, node)
             if op is None or len(op.activations) < 2 or not _joins(record):
@@ -60,7 +59,7 @@ class RoundJoined(Pass):
             path = f"{OBSERVER_PREFIX}{number}"
             number += 1
             made.owner = f"{path} (output of {last.name!r})"
-            gm.add_module(path, on_device(made, gm))
+            gm.add_module(path, on_device(made, device))
             readers = list(last.users)
             behind = rewriter.module_call(
                 path, (last,), after=last, like=last, share_group=group, qconfig=record.qconfig

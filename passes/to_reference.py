@@ -34,7 +34,6 @@ from fxquant.qconfig_mapping import QConfigMapping, resolve
 from fxquant.recurrent import weight_names
 from fxquant.reference_modules import REFERENCE_BY_FLOAT, ReferenceRelu, reference_form
 from fxquant.rewriter import GraphRewriter
-from fxquant.slices import quantize_rows
 from fxquant.specs import QParams, QuantSpec
 from fxquant.weight_fit import WeightFitter, tell
 
@@ -77,7 +76,7 @@ class ToReference(Pass):
             _replace_observer(rewriter, node, parameters)
         for node in list(gm.graph.nodes):
             _quantize_moved(rewriter, node, parameters)
-        fitter = WeightFitter(gm, context.target.select_kernel)
+        fitter = WeightFitter(gm, context.target.select_kernel, context.weights)
         (_ModuleWeights if self.keep_modules else _Weights)(rewriter, fitter).run()
         tell(gm, fitter.reductions, context.diagnostics, "weights were fitted to this machine")
         gm.update_state(stage=Stage.REFERENCE)
@@ -109,7 +108,7 @@ class TorchNames:
         """The names of scale and zero point for the value that ``observer`` watches."""
         value = observer.all_input_nodes[0]
         own = self._has_qconfig(value)
-        speaker = _first_part(gm, value) if own else _reader(gm, observer)
+        speaker = _first_part(value) if own else _reader(gm, observer)
         path = str(speaker.target) if speaker.op == "call_module" else record_of(speaker).scope
         prefix = path.replace(".", "_") + ("" if own else "_input")
         number = 0
@@ -124,13 +123,20 @@ class TorchNames:
         return resolve(self.mapping, module_path=record.scope).qconfig is not None
 
 
-def _first_part(gm: QuantGraphModule, value: fx.Node) -> fx.Node:
+def _first_part(value: fx.Node) -> fx.Node:
     """The module that ``value`` is fused into, else ``value``."""
     fusion = record_of(value).fusion
     if fusion is None:
         return value
-    first = next(node for node in gm.graph.nodes if node.name == fusion.first)
+    first = value
+    while first.name != fusion.first:  # the members of a pattern follow each other
+        first = next(n for n in first.all_input_nodes if _group_of(n) == fusion.group)
     return first if first.op == "call_module" else value
+
+
+def _group_of(node: fx.Node) -> int | None:
+    fusion = record_of(node).fusion
+    return None if fusion is None else fusion.group
 
 
 def _reader(gm: QuantGraphModule, observer: fx.Node) -> fx.Node:
@@ -491,7 +497,9 @@ class _Weights:
             qparams = self._parameters(node, weight, path, spec)
             store = self.rewriter.new_buffer
             self.made[key] = (
-                store(f"{node.name}_{name}", quantize_rows(weight, qparams).contiguous()),
+                store(
+                    f"{node.name}_{name}", self.fitter.integers(path, weight, qparams).contiguous()
+                ),
                 store(f"{node.name}_{name}_scale", qparams.scale.clone()),
                 store(f"{node.name}_{name}_zero_point", qparams.zero_point.clone()),
             )

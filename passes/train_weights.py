@@ -26,7 +26,7 @@ from fxquant.observed import spec_of_observer
 from fxquant.observers import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
 from fxquant.op_view import Form, Op, op_of
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
-from fxquant.passes.insert_observers import on_device
+from fxquant.passes.insert_observers import device_of, on_device
 from fxquant.qat_modules import QatModule, training_form
 from fxquant.qconfig import Factory, QConfig
 from fxquant.rewriter import GraphRewriter
@@ -49,7 +49,7 @@ class TrainWeights(Pass):
 
     def run(self, gm: QuantGraphModule, context: PassContext) -> PassResult:
         """Go through the ops in graph order; qconfigs that round nothing are told."""
-        rewriter = GraphRewriter(gm, self.name)
+        rewriter, device = GraphRewriter(gm, self.name), device_of(gm)
         unrounded: list[str] = []
         for node in list(gm.graph.nodes):
             record, op = record_of(node), op_of(gm, node)
@@ -63,7 +63,9 @@ class TrainWeights(Pass):
             made = _fake_quantizer(qconfig, annotation.weight)
             if made is None:
                 unrounded.append(node.name)
-            elif op.form is Form.MODULE:
+                continue
+            made = on_device(made, device)
+            if op.form is Form.MODULE:
                 _round_in_module(rewriter, node, made)
             else:
                 _round_in_graph(rewriter, op, made, qconfig)
@@ -106,7 +108,7 @@ def _round_in_module(rewriter: GraphRewriter, node: fx.Node, made: nn.Module) ->
         module = training_form(module)
         rewriter.set_module(path, module)
     if module.weight_fake_quant is None:
-        module.weight_fake_quant = on_device(made, gm)
+        module.weight_fake_quant = made
         rewriter.changes += 1
 
 
@@ -116,7 +118,7 @@ def _round_in_graph(rewriter: GraphRewriter, op: Op, made: nn.Module, qconfig: Q
     rounded = next((user for user in weight.users if is_weight_observer(user)), None)
     if rounded is None:
         path = rewriter.fresh_name(f"{WEIGHT_PREFIX}0")
-        rewriter.set_module(path, on_device(made, rewriter.gm))
+        rewriter.set_module(path, made)
         rounded = rewriter.module_call(path, (weight,), after=weight, like=weight, qconfig=qconfig)
     rewriter.replace_argument(op.node, weight, rounded)
 

@@ -138,7 +138,7 @@ def trains(gm: QuantGraphModule) -> None:
 
 
 def tells_fate(gm: QuantGraphModule) -> None:
-    gm.add_fate("fc", "gone")
+    gm.add_fates({"fc": "gone"})
 
 
 SILENT = [

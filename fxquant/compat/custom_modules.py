@@ -86,7 +86,10 @@ _LSTM_RESULTS = (None, (None, None))
 
 
 def converted_module(
-    config: ConvertCustomConfig, module: nn.Module, qconfig: QConfig | None, observer: Any
+    config: ConvertCustomConfig,
+    module: nn.Module,
+    qconfig: QConfig | None,
+    observed: Callable[[], Any],
 ) -> nn.Module | None:
     """The quantized form of an observed custom module; ``None`` where its class is not mapped."""
     if qconfig is None:
@@ -96,6 +99,7 @@ def converted_module(
         return None
     given: Any = module
     given.qconfig = _in_torch_dtypes(qconfig)
+    observer = observed()
     if observer is not None:
         given.activation_post_process = _with_torch_dtype(observer)
     quantized: nn.Module = made.from_observed(given)

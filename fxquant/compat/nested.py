@@ -164,9 +164,9 @@ class Converting:
     convert: Callable[[QuantGraphModule], QuantGraphModule]
 
     def __call__(
-        self, path: str, module: nn.Module, qconfig: QConfig | None, observer: Any
+        self, path: str, module: nn.Module, qconfig: QConfig | None, observed: Callable[[], Any]
     ) -> nn.Module | None:
         """The converted module; ``None`` for one that is no standalone or custom module."""
         if isinstance(module, QuantGraphModule) and module.state.stage is Stage.PREPARED:
             return self.convert(module)
-        return converted_module(self.config, module, qconfig, observer)
+        return converted_module(self.config, module, qconfig, observed)

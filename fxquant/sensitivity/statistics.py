@@ -19,7 +19,7 @@ from fxquant.inputs import BoundInterpreter
 from fxquant.metadata import record_of
 from fxquant.observed import qparams_of
 from fxquant.passes.insert_channel_means import CHANNEL_MEAN_PREFIX
-from fxquant.passes.insert_observers import OBSERVER_PREFIX, on_device
+from fxquant.passes.insert_observers import OBSERVER_PREFIX, device_of, on_device
 from fxquant.passes.to_reference import is_observer, reads_weight
 from fxquant.qconfig import QConfig, spec_of
 from fxquant.range_rules import RangeRule
@@ -50,6 +50,7 @@ class Statistics:
         self.batches = batches
         self._observers: dict[Watched, nn.Module] = {}
         self._means: dict[Averaged, ChannelMean] = {}
+        self._device = device_of(graph)
 
     def observer(self, value: str, qconfig: QConfig) -> nn.Module:
         """What the activation observer of ``qconfig`` knows of the float value called ``value``."""
@@ -90,7 +91,7 @@ class Statistics:
         wanted = [key for key in dict.fromkeys(values) if not self._derive(key)]
         made: dict[Watched, nn.Module] = {}
         for key in wanted:
-            observer: Any = on_device(key[1].activation(), self.graph)
+            observer: Any = on_device(key[1].activation(), self._device)
             if any(_same_statistics(observer, o) for (v, _), o in made.items() if v == key[0]):
                 continue  # derived below
             observer.owner = f"output of {key[0]!r}"
@@ -112,7 +113,7 @@ class Statistics:
         """Whether the observer of ``key`` is known, or another one of the value has its numbers."""
         if key in self._observers:
             return True
-        observer = on_device(key[1].activation(), self.graph)
+        observer = on_device(key[1].activation(), self._device)
         for (name, _), known in self._observers.items():
             if name == key[0] and _same_statistics(observer, known):
                 _take_statistics(observer, known)

@@ -13,7 +13,7 @@ from fxquant.graph_module import QuantGraphModule
 from fxquant.metadata import record_of
 from fxquant.observers import FixedQParamsObserver, MinMaxObserver
 from fxquant.pass_manager import PassResult, fingerprint
-from fxquant.passes.convert_nested import ConvertNested
+from fxquant.passes.convert_nested import ConvertNested, Observed
 from fxquant.passes.nest_modules import Nested, NestModules
 from fxquant.qconfig import QConfig
 from tests.passes.helpers import node_named, observers
@@ -51,10 +51,12 @@ def prepared(calls: int) -> QuantGraphModule:
     return gm
 
 
-def quantized(path: str, module: nn.Module, qconfig: QConfig | None, observer: Any) -> nn.Module:
+def quantized(
+    path: str, module: nn.Module, qconfig: QConfig | None, observed: Observed
+) -> nn.Module:
     assert isinstance(module, ObservedTwice)
     assert qconfig is not None
-    return QuantizedTwice(observer)
+    return QuantizedTwice(observed())
 
 
 def test_the_observer_of_the_result_goes_to_the_module() -> None:
@@ -63,9 +65,11 @@ def test_the_observer_of_the_result_goes_to_the_module() -> None:
     seen = gm.activation_post_process_1
     given = []
 
-    def convert(path: str, module: nn.Module, qconfig: QConfig | None, observer: Any) -> nn.Module:
-        given.append((path, observer))
-        return quantized(path, module, qconfig, observer)
+    def convert(
+        path: str, module: nn.Module, qconfig: QConfig | None, observed: Observed
+    ) -> nn.Module:
+        given.append((path, observed()))
+        return quantized(path, module, qconfig, observed)
 
     assert run_alone(ConvertNested(convert), gm).changes
     assert given == [("part", seen)]
@@ -81,9 +85,11 @@ def test_two_calls_have_one_module_for_the_union_of_their_results() -> None:
     assert len(observers(gm)) == 3
     seen: list[Any] = []
 
-    def convert(path: str, module: nn.Module, qconfig: QConfig | None, observer: Any) -> nn.Module:
-        seen.append(observer)
-        return quantized(path, module, qconfig, observer)
+    def convert(
+        path: str, module: nn.Module, qconfig: QConfig | None, observed: Observed
+    ) -> nn.Module:
+        seen.append(observed())
+        return quantized(path, module, qconfig, observed)
 
     run_alone(ConvertNested(convert), gm)
     (observer,) = seen
