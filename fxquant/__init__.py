@@ -60,6 +60,7 @@ from fxquant.fake_quantize import (
     enable_observer,
 )
 from fxquant.graph_module import QuantGraphModule
+from fxquant.kernel_table import KernelTable
 from fxquant.observers import (
     FixedQParamsObserver,
     HistogramObserver,
@@ -163,6 +164,7 @@ __all__ = [
     "Gate",
     "GraphError",
     "HistogramObserver",
+    "KernelTable",
     "LoweringError",
     "LoweringWarning",
     "MSERule",

@@ -36,7 +36,8 @@ from fxquant.graph_module import (
 )
 from fxquant.islands import SWAPPED, exchange
 from fxquant.json_codec import decode, encode
-from fxquant.machine import architecture, instruction_sets, settings
+from fxquant.kernel_table import KernelTable, table_of
+from fxquant.machine import made_on
 from fxquant.op_catalog import KIND_BY_FUNCTION, KIND_BY_METHOD
 from fxquant.op_view import attribute
 from fxquant.pass_manager import PassContext, run_pass
@@ -46,6 +47,7 @@ from fxquant.passes.to_reference import is_observer
 from fxquant.passes.train_weights import is_weight_path
 from fxquant.pipelines import lowering_pipeline
 from fxquant.qat_modules import QatModule
+from fxquant.targets.choice import measure
 from fxquant.targets.registry import target_here, target_named
 
 FORMAT = 2
@@ -120,6 +122,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     islands: Mapping[str, nn.Module] | None = None,
+    tune: bool | KernelTable = False,
     strict: bool = False,
 ) -> QuantGraphModule:
     """Read what :func:`save` wrote, and lower it for this machine if it was lowered.
@@ -129,6 +132,8 @@ def load(
         islands: path -> float module, for the modules of the model that could not be traced
             (``"model"`` where that was the whole model), but those inside another: a file holds no
             code. The modules are copied; their tensors come from the file.
+        tune: choose the kernels of a lowered model by measurement on this machine, as
+            :func:`fxquant.convert_fx` does.
         strict: turn warnings of lowering into errors.
 
     Raises:
@@ -138,7 +143,7 @@ def load(
     """
     header, tensors = _read(Path(path))
     given = dict(islands or {})
-    reader = _Reader(Path(path), given, _described(header["made_on"]), strict=strict)
+    reader = _Reader(Path(path), given, _described(header["made_on"]), tune=tune, strict=strict)
     result = reader.graph(header, tensors)
     unknown = sorted(given.keys() - reader.used)
     if unknown:
@@ -156,16 +161,24 @@ class _Reader:
         path: of the file.
         islands: what the caller gave.
         origin: the machine that it was made on.
+        tune: kernels are chosen by measurement.
         strict: warnings of lowering are errors.
         used: the paths of ``islands`` that the file asked for.
     """
 
     def __init__(
-        self, path: Path, islands: Mapping[str, nn.Module], origin: str, *, strict: bool
+        self,
+        path: Path,
+        islands: Mapping[str, nn.Module],
+        origin: str,
+        *,
+        tune: bool | KernelTable,
+        strict: bool,
     ) -> None:
         self.path = path
         self.islands = islands
         self.origin = origin
+        self.tune = tune
         self.strict = strict
         self.used: set[str] = set()
 
@@ -175,12 +188,15 @@ class _Reader:
         if stage is not Stage.LOWERED:
             return result
         diagnostics = Diagnostics(strict=self.strict)
+        table = table_of(self.tune)
         target = target_here(result.state.target, diagnostics)
         result.update_state(target=target.name)
         if target.executes:
             result.update_state(reference=tuple(nodes))
             context = PassContext(target=target, diagnostics=diagnostics)
-            lowering_pipeline(self.origin).run(result, context)
+            if table is not None:
+                measure(result, target, table, diagnostics)
+            lowering_pipeline(self.origin, table).run(result, context)
         return result
 
     def _bare_graph(
@@ -267,18 +283,6 @@ class _Reader:
     def _misfit(self, path: str, why: str) -> ArtifactError:
         given = type(self._given(path, "")).__name__
         return ArtifactError(f"islands[{path!r}] ({given}) is not what was saved: {why}")
-
-
-def made_on() -> dict[str, Any]:
-    """The machine and versions that a file records."""
-    return {
-        "torch": torch.__version__,
-        "machine": architecture(),
-        "isa": list(instruction_sets()),
-        "settings": settings(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "engines": list(torch.backends.quantized.supported_engines),
-    }
 
 
 def _described(machine: dict[str, Any]) -> str:

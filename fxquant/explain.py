@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -13,6 +14,7 @@ from fxquant._version import __version__
 from fxquant.errors import UnmatchedRuleError, did_you_mean
 from fxquant.op_rows import OpRow, checked, rows_of
 from fxquant.tables import Column, as_html, as_markdown, as_text, terminal_width
+from fxquant.targets.choice import MEASURED
 
 _COLUMNS: Final = (
     Column(title="name", width=26),
@@ -136,7 +138,7 @@ def _cells(row: OpRow) -> list[str]:
         row.name,
         row.op,
         row.runs.value,
-        row.reason or row.fate or row.kernel,
+        row.reason or row.fate or _timed_kernel(row),
         row.rule,
         row.output,
         parameters,
@@ -145,6 +147,12 @@ def _cells(row: OpRow) -> list[str]:
         _range(row.weight_scale),
         row.input,
     ]
+
+
+def _timed_kernel(row: OpRow) -> str:
+    """The kernel, and what it takes where that was measured; the notes have the others' times."""
+    found = [re.search(r"([\d.]+ [mu]s), taken", n) for n in row.notes if n.startswith(MEASURED)]
+    return ", ".join([row.kernel, *(match[1] for match in found if match)])
 
 
 def _range(pair: tuple[float, float] | None) -> str:

@@ -13,6 +13,7 @@ from torch import fx
 from fxquant.clamps import CLAMP_KINDS
 from fxquant.dataflow import reads_only_shape
 from fxquant.graph_module import WeightLimit
+from fxquant.kernel_table import KernelTable
 from fxquant.kernels import as_bytes, as_quantized
 from fxquant.metadata import record_of, update_record
 from fxquant.op_view import Form, Op, attribute
@@ -166,6 +167,7 @@ class Lowering:
         order: when each reference node's kernel runs, as a position in the graph.
         engines: of the target; empty where it chooses by form.
         limits: the kernels that were chosen, with the weights that they read.
+        kernels: measured times to choose by; ``None`` for the usual kernels.
     """
 
     rewriter: GraphRewriter
@@ -173,6 +175,7 @@ class Lowering:
     order: Mapping[fx.Node, int] = field(default_factory=dict)
     engines: tuple[str, ...] = ()
     limits: list[WeightLimit] = field(default_factory=list)
+    kernels: KernelTable | None = None
     _converted: dict[tuple[fx.Node, Representation], fx.Node] = field(default_factory=dict)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -45,3 +46,24 @@ def instruction_sets() -> tuple[str, ...]:
 def settings() -> dict[str, str]:
     """The environment variables of :data:`SETTINGS` that are set."""
     return {name: os.environ[name] for name in SETTINGS if os.environ.get(name)}
+
+
+def made_on() -> dict[str, Any]:
+    """The machine and versions that decide which kernels run, for a file to record."""
+    return {
+        "torch": torch.__version__,
+        "machine": architecture(),
+        "isa": list(instruction_sets()),
+        "settings": settings(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "engines": list(torch.backends.quantized.supported_engines),
+    }
+
+
+def processor() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if "model name" in line), "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fxquant.kernel_table import KernelTable
 from fxquant.pass_manager import Fact, Pass, Pipeline
 from fxquant.passes.absorb_clamps import AbsorbClamps
 from fxquant.passes.annotate import Annotate
@@ -208,17 +209,18 @@ def reference_pipeline(
     )
 
 
-def lowering_pipeline(made_on: str = "") -> Pipeline:
+def lowering_pipeline(made_on: str = "", kernels: KernelTable | None = None) -> Pipeline:
     """Reference graph to kernels.
 
     Args:
         made_on: the machine that the graph was quantized on, where it was another one.
+        kernels: measured times to choose kernels by.
     """
     return Pipeline(
         "lower",
         (
             FitWeights(made_on),  # a graph from another machine may overflow kernels of this one
-            Lower(),  # kernels, in graph order
+            Lower(kernels),  # kernels, in graph order
             GuardBoundary(),  # callers see the float model's inputs and outputs
             Prepack(),  # weights packed once, not per call
         ),

@@ -24,6 +24,7 @@ from fxquant.errors import (
 )
 from fxquant.explain import explain
 from fxquant.graph_module import QuantGraphModule
+from fxquant.kernel_table import KernelTable
 from fxquant.op_catalog import COMPUTE_KINDS
 from fxquant.op_rows import HALF, OpRow, Runs
 from fxquant.qconfig import (
@@ -56,6 +57,7 @@ def quantize(
     input_deviation: float = 1.0,
     target: str = "x86",
     bias_correction: bool = True,
+    tune: bool | KernelTable = False,
     strict: bool = False,
     progress: bool = True,
 ) -> QuantGraphModule:
@@ -76,6 +78,7 @@ def quantize(
         input_deviation: standard deviation of the model's inputs, likewise.
         target: ``"x86"`` or ``"reference"``.
         bias_correction: see :func:`fxquant.prepare_fx`.
+        tune: choose kernels by measurement, see :func:`fxquant.convert_fx`.
         strict: turn every warning into an error.
         progress: show a progress bar, on a terminal and after two seconds only.
 
@@ -109,7 +112,7 @@ def quantize(
         estimate_ranges(prepared, model, example_inputs, input_mean, input_deviation, diagnostics)
     else:
         calibrate(prepared, data, forward=forward, num_batches=num_batches, progress=progress)
-    int8 = convert_fx(prepared, strict=strict)
+    int8 = convert_fx(prepared, tune=tune, strict=strict)
     _say_what_stays(int8, diagnostics)
     return int8
 
@@ -141,6 +144,7 @@ def quantize_dynamic(
     *,
     example_inputs: Any = None,
     target: str = "x86",
+    tune: bool | KernelTable = False,
     strict: bool = False,
 ) -> QuantGraphModule:
     """Quantize weights now and activations at run time: no calibration data are needed.
@@ -159,6 +163,8 @@ def quantize_dynamic(
         example_inputs: see :func:`fxquant.prepare_fx`; without them ``audit`` cannot weigh ops by
             their multiply-accumulates, and conditions on shapes cannot be traced.
         target: see :func:`fxquant.prepare_fx`.
+        tune: choose kernels by measurement, see :func:`fxquant.convert_fx`; it needs
+            ``example_inputs`` for the shapes.
         strict: turn every warning into an error.
 
     Returns:
@@ -171,7 +177,7 @@ def quantize_dynamic(
     mapping = _dynamic_mapping(qconfig_spec, dtype)
     diagnostics = Diagnostics(strict=strict)
     prepared = prepare_fx(model, mapping, example_inputs, target=target, strict=strict)
-    made = convert_fx(prepared, strict=strict)
+    made = convert_fx(prepared, tune=tune, strict=strict)
     if not any(row.runs in (Runs.INT8, Runs.EMULATED, *HALF) for row in explain(made).rows):
         wanted = ", ".join(sorted(map(_key_name, _dynamic_keys(qconfig_spec, dtype))))
         diagnostics.warn(

@@ -26,6 +26,7 @@ from fxquant.errors import (
 from fxquant.graph_codec import encode_graph
 from fxquant.graph_module import QuantGraphModule, Stage
 from fxquant.islands import ConvertIslands, Island, NestIslands, Part, subjects_in
+from fxquant.kernel_table import KernelTable, table_of
 from fxquant.late_code import code_written_once
 from fxquant.ledger import build_ledger
 from fxquant.op_view import Form, op_of
@@ -48,6 +49,8 @@ from fxquant.qconfig_mapping import (
     normalize,
 )
 from fxquant.shapes import record_shapes
+from fxquant.slow_regions import tell_slow_regions
+from fxquant.targets.choice import measure
 from fxquant.targets.registry import target_here, target_named
 from fxquant.targets.training import while_training
 from fxquant.torch_prepared import is_prepared_by_torch, refuse_trained
@@ -257,18 +260,27 @@ def _run_prepare(
 
 @without_autocast
 @code_written_once()
-def convert_fx(prepared: nn.Module, *, strict: bool = False) -> QuantGraphModule:
+def convert_fx(
+    prepared: nn.Module, *, tune: bool | KernelTable = False, strict: bool = False
+) -> QuantGraphModule:
     """Turn a calibrated module into one that runs int8 kernels.
 
     Args:
         prepared: what :func:`prepare_fx` returned, calibrated, or :func:`prepare_qat_fx`, trained.
             It is not touched: it can be calibrated or trained further and converted again. What
             trained gives a result in evaluation mode.
+        tune: choose kernels by measurement: time, for every convolution and linear, the kernels
+            that are exact here and the float op, for the shapes of the example inputs and the
+            number of threads that torch has now. What was timed is kept in a file for this machine
+            (docs/speed.md), or in the :class:`fxquant.KernelTable` that is given. ``explain`` says
+            what was chosen, with the times.
         strict: turn every warning into an error.
 
     Returns:
         A module on the CPU whose ops are kernels of the target it was prepared for (target
-        ``reference`` gives the result of :func:`convert_to_reference_fx`).
+        ``reference`` gives the result of :func:`convert_to_reference_fx`). One
+        :class:`~fxquant.LoweringWarning` names the parts that are slower than in FP32: by
+        measurement under ``tune``, else those that cannot be anything else.
 
     Raises:
         NotAGraphModuleError: ``prepared`` was never traced.
@@ -277,7 +289,13 @@ def convert_fx(prepared: nn.Module, *, strict: bool = False) -> QuantGraphModule
         StrictModeError: under ``strict``, what would have been a warning (no calibration).
     """
     gm, context = _taken(prepared, "convert_fx", strict=strict)
-    _convert(gm, context, lower=context.target.executes)
+    table = table_of(tune)
+    if table is not None and not context.target.executes:
+        context.diagnostics.warn(
+            f"tune: target {context.target.name!r} runs no kernels, so none was timed",
+            ConfigWarning,
+        )
+    _convert(gm, context, lower=context.target.executes, kernels=table)
     take_apart(gm, prepared)
     return gm
 
@@ -406,11 +424,17 @@ def _taken(prepared: object, caller: str, *, strict: bool) -> tuple[QuantGraphMo
     return gm, context
 
 
-def _convert(gm: QuantGraphModule, context: PassContext, *, lower: bool) -> None:
+def _convert(
+    gm: QuantGraphModule,
+    context: PassContext,
+    *,
+    lower: bool,
+    kernels: KernelTable | None = None,
+) -> None:
     """Convert a graph, and the parts of its islands, in place."""
 
     def convert(part: QuantGraphModule) -> None:
-        _convert(part, context, lower=lower)
+        _convert(part, context, lower=lower, kernels=kernels)
 
     gm.update_state(target=context.target.name)
     islands = ConvertIslands(convert, context.diagnostics)
@@ -418,4 +442,8 @@ def _convert(gm: QuantGraphModule, context: PassContext, *, lower: bool) -> None
     if lower:
         gm.cpu()  # calibrated on a GPU, it still runs where the kernels are
         gm.update_state(reference=tuple(encode_graph(gm.graph)))
-        lowering_pipeline().run(gm, context)
+        if kernels is not None:
+            measure(gm, context.target, kernels, context.diagnostics)
+        if not context.target.engines:
+            tell_slow_regions(gm, context.diagnostics, kernels)
+        lowering_pipeline(kernels=kernels).run(gm, context)

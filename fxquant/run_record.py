@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxquant._version import __version__
-from fxquant.artifact import made_on
 from fxquant.audit import audit
 from fxquant.errors import ArtifactError, ConfigError
 from fxquant.graph_codec import decode_graph
 from fxquant.graph_module import QuantGraphModule, Stage
+from fxquant.machine import made_on
 from fxquant.metadata import record_of
 from fxquant.op_rows import OpRow, Runs, checked
 from fxquant.op_view import attribute

@@ -57,7 +57,7 @@ def interleaved_latency(
         )
     names = list(callables)
     times: dict[str, list[float]] = {name: [] for name in names}
-    with torch.no_grad(), _collector_paused():
+    with torch.no_grad(), collector_paused():
         for number in range(warmup + repeats):
             first = number % len(names)
             for name in names[first:] + names[:first]:
@@ -91,7 +91,8 @@ def threads(number: int) -> Iterator[None]:
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
+    """Keep Python from collecting garbage in the middle of what is timed."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -10,6 +10,7 @@ from torch import fx
 
 from fxquant.engines import consume_deprecation_warning
 from fxquant.graph_module import QuantGraphModule, Stage
+from fxquant.kernel_table import KernelTable
 from fxquant.kernels import to_quantized
 from fxquant.lowering import Bound, IntValue, Lowering, Representation, Site
 from fxquant.metadata import add_reason, record_of, update_record
@@ -24,7 +25,11 @@ from fxquant.targets.x86_kernels import EMITTERS
 
 @dataclass(frozen=True)
 class Lower(Pass):
-    """Emit kernels in graph order; what an emitter refuses stays a float op and says why."""
+    """Emit kernels in graph order; what an emitter refuses stays a float op and says why.
+
+    Args:
+        kernels: measured times to choose by; ``None`` for the usual kernels.
+    """
 
     name: ClassVar[str] = "lower"
     requires: ClassVar[frozenset[Fact]] = frozenset(
@@ -32,13 +37,20 @@ class Lower(Pass):
     )
     establishes: ClassVar[frozenset[Fact]] = frozenset({Fact.LOWERED})
 
+    kernels: KernelTable | None = None
+
     def run(self, gm: QuantGraphModule, context: PassContext) -> PassResult:
         """Lower ``gm``; integers flow between kernels, floats where a reader wants them."""
         consume_deprecation_warning()
         rewriter = GraphRewriter(gm, self.name)
         nodes = list(gm.graph.nodes)
         groups = _groups(nodes)
-        lowering = Lowering(rewriter, order=_order(nodes, groups), engines=context.target.engines)
+        lowering = Lowering(
+            rewriter,
+            order=_order(nodes, groups),
+            engines=context.target.engines,
+            kernels=self.kernels,
+        )
         refusals = []
         dead_before = {node for node in nodes if not node.users}
         for node in nodes:

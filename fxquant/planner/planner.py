@@ -23,8 +23,9 @@ from fxquant.autocast import without_autocast
 from fxquant.calibration import Forward
 from fxquant.errors import ConfigError, ConfigWarning, Diagnostics
 from fxquant.inputs import bind_examples
+from fxquant.machine_file import default_folder
 from fxquant.planner.budget import Budget, parse_budget
-from fxquant.planner.cache import LatencyCache, default_folder
+from fxquant.planner.cache import LatencyCache
 from fxquant.planner.candidates import DEFAULT, precisions_of
 from fxquant.planner.damage import hessian_damages, measured_damages
 from fxquant.planner.judge import Figures, Judge

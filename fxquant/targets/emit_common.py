@@ -35,18 +35,19 @@ WRITES_INTEGERS = "its result is read in floating point, and the kernel writes i
 def engines_for_weight(site: Site) -> tuple[str, ...]:
     """The engines to choose from: oneDNN takes no weight with a zero point of its own."""
     engines = site.lowering.engines
-    return engines if engines or not _has_zero_point(site) else ("fbgemm",)
+    return engines if engines or not has_zero_point(site.op.node) else ("fbgemm",)
 
 
-def _has_zero_point(site: Site) -> bool:
-    annotation = record_of(site.op.node).annotation
+def has_zero_point(node: fx.Node) -> bool:
+    """Whether the integers of the weight of ``node`` have a zero point of their own."""
+    annotation = record_of(node).annotation
     spec = None if annotation is None else annotation.weight
     return spec is not None and not (spec.is_symmetric or spec.is_float)
 
 
 def refused(site: Site, weight: Weight, choice: KernelChoice) -> str | None:
     """Why the chosen kernel must not run with this weight, or ``None`` where it will."""
-    if choice.kernel not in ("fbgemm", "qnnpack") and _has_zero_point(site):
+    if choice.kernel not in ("fbgemm", "qnnpack") and has_zero_point(site.op.node):
         return f"the {choice.kernel} kernel takes no weight with a zero point"
     name = str(weight.integers.target)
     reason = refusal(choice, attribute(site.lowering.gm, name))

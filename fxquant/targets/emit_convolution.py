@@ -13,6 +13,8 @@ from fxquant.lowering import IntValue, Site, Weight
 from fxquant.metadata import add_reason, record_of, shape_of
 from fxquant.op_view import Op, attribute
 from fxquant.packing import scalar
+from fxquant.pairing import POINTWISE
+from fxquant.targets.choice import faster
 from fxquant.targets.emit_common import (
     BYTES,
     CONVOLUTION_POST_OPS,
@@ -20,6 +22,7 @@ from fxquant.targets.emit_common import (
     FLOAT_WEIGHT,
     QUANTIZED,
     WRITES_INTEGERS,
+    PostOp,
     clamp_epilogue,
     emit_float_head,
     engines_for_weight,
@@ -51,7 +54,7 @@ def emit_convolution(site: Site) -> str | None:
         return _emit_pointwise_convolution(site, inputs[0], weight, post)
     clamp = clamp_epilogue(site.epilogues)
     if clamp is not None or not site.epilogues:
-        return _emit_packed_convolution(site, inputs[0], weight, clamp)
+        return _emit_packed_convolution(site, inputs[0], weight, clamp, post)
     if post is not None and site.op.name == "conv2d":
         return _emit_pointwise_convolution(site, inputs[0], weight, post)
     return emit_float_head(
@@ -71,12 +74,14 @@ def geometry(op: Op) -> tuple[list[int], list[int], list[int], int]:
 
 
 def _emit_packed_convolution(
-    site: Site, x: IntValue, weight: Weight, clamp: Op | None
+    site: Site, x: IntValue, weight: Weight, clamp: Op | None, post: PostOp | None
 ) -> str | None:
     lowering, op = site.lowering, site.op
     dimensions = int(op.name[-2])
     stride, padding, dilation, groups = geometry(op)
-    choice = packed_kernel(geometry_of(op), engines_for_weight(site))
+    choice = faster(site, packed_kernel(geometry_of(op), engines_for_weight(site)))
+    if choice.kernel == POINTWISE and post is not None:
+        return _emit_pointwise_convolution(site, x, weight, post)
     reason = refused(site, weight, choice)
     if reason is not None:
         return reason
@@ -111,7 +116,7 @@ def _emit_packed_convolution(
 
 
 def _emit_pointwise_convolution(
-    site: Site, x: IntValue, weight: Weight, post: tuple[str, list[Any], str]
+    site: Site, x: IntValue, weight: Weight, post: PostOp
 ) -> str | None:
     lowering, op = site.lowering, site.op
     stride, padding, dilation, groups = geometry(op)

@@ -27,6 +27,7 @@ from fxquant.recurrent_kernels import (
     quantized_lstm,
     rnn_cell,
 )
+from fxquant.targets.choice import faster_dynamic
 from fxquant.targets.emit_common import BYTES, FLOAT_WEIGHT, clamp_epilogue, emit_float_head, finish
 
 _HALVED: Final = 127
@@ -115,7 +116,7 @@ def _emit_int8_linear(site: Site) -> str | None:
     if found is None:
         return "its activation is not quantized at run time"
     source, quant_max = found
-    engine = exact_engine("linear")
+    engine = faster_dynamic(site, exact_engine("linear"))
     name = f"linear{'_relu' if site.epilogues else ''}_dynamic"
     packed = lowering.pack("linear", (*_tensors(weight), _bias(site.op), engine), at=site.last)
     node = lowering.emit(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from fxquant.clamps import bounds_of
 from fxquant.lowering import IntValue, Site, Weight
 from fxquant.metadata import shape_of
 from fxquant.op_view import Op
+from fxquant.pairing import POINTWISE
+from fxquant.targets.choice import faster
 from fxquant.targets.emit_common import (
     BYTES,
     FLOAT_INPUT,
@@ -17,6 +17,7 @@ from fxquant.targets.emit_common import (
     LINEAR_POST_OPS,
     QUANTIZED,
     WRITES_INTEGERS,
+    PostOp,
     clamp_epilogue,
     emit_float_head,
     engines_for_weight,
@@ -44,15 +45,19 @@ def emit_linear(site: Site) -> str | None:
     shape = shape_of(site.op.node)
     vector = shape is not None and len(shape) < 2  # quantized::linear takes no vectors
     if site.quantize is not None and (clamp is not None or not site.epilogues) and not vector:
-        return _emit_packed_linear(site, x, weight, clamp)
+        return _emit_packed_linear(site, x, weight, clamp, post)
     if post is not None:
         return _emit_pointwise_linear(site, x, weight, post)
     return emit_float_head(site, lambda s: _emit_pointwise_linear(s, x, weight, ("none", [], "")))
 
 
-def _emit_packed_linear(site: Site, x: IntValue, weight: Weight, clamp: Op | None) -> str | None:
+def _emit_packed_linear(
+    site: Site, x: IntValue, weight: Weight, clamp: Op | None, post: PostOp | None
+) -> str | None:
     lowering = site.lowering
-    choice = packed_kernel(geometry_of(site.op), engines_for_weight(site))
+    choice = faster(site, packed_kernel(geometry_of(site.op), engines_for_weight(site)))
+    if choice.kernel == POINTWISE and post is not None:
+        return _emit_pointwise_linear(site, x, weight, post)
     reason = refused(site, weight, choice)
     if reason is not None:
         return reason
@@ -84,9 +89,7 @@ def _emit_packed_linear(site: Site, x: IntValue, weight: Weight, clamp: Op | Non
     return finish_clamp(site, node, clamp, done="low" if relu else "")
 
 
-def _emit_pointwise_linear(
-    site: Site, x: IntValue, weight: Weight, post: tuple[str, list[Any], str]
-) -> str | None:
+def _emit_pointwise_linear(site: Site, x: IntValue, weight: Weight, post: PostOp) -> str | None:
     lowering = site.lowering
     if lowering.engines:
         return WRITES_INTEGERS

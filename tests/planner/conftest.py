@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fxquant.planner.cache import CACHE_VARIABLE
+from fxquant.machine_file import CACHE_VARIABLE
 
 
 @pytest.fixture(autouse=True)
