@@ -12,7 +12,7 @@ import functools
 import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, Final
 
 import torch
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
+from fxquant.dataflow import fields_of
 from fxquant.errors import CaptureError
 from fxquant.shape_guards import shape_guard
 
@@ -138,10 +139,7 @@ def _nested(graph: fx.Graph, leaves: list[Any], spec: TreeSpec) -> Any:
 def _made_by(graph: fx.Graph, value: Any) -> Any:
     """``value``, with calls for the dataclasses in it, of which fx would keep the fields alone."""
     if is_dataclass(value) and not isinstance(value, type):
-        given = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
-        # What is None by default may have no name in the result, as in those of transformers.
-        defaults = {f.name: f.default for f in fields(value)}
-        kept = {k: _made_by(graph, v) for k, v in given.items() if v is not defaults[k]}
+        kept = {name: _made_by(graph, item) for name, item in fields_of(value).items()}
         return graph.call_function(type(value), (), kept)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_made_by(graph, item) for item in value))

@@ -11,7 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from fxquant.aten import import_aten, is_aten
 from fxquant.attention import drop_unread, spell_out
+from fxquant.dataflow import fields_of
 from fxquant.errors import (
     CaptureError,
     CaptureWarning,
@@ -78,6 +79,13 @@ class CaptureTracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """A proxy that records what is written in place."""
         return _WritableProxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        """Record a call for a dataclass that is a dict, too; fx keeps a dict, without its class."""
+        if is_dataclass(a) and issubclass(type(a), dict):
+            given = {name: self.create_arg(value) for name, value in fields_of(a).items()}
+            return self.create_node("call_function", type(a), (), given)
+        return super().create_arg(a)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Decide a condition on shapes by the example inputs and leave a guard in the graph.
@@ -573,6 +581,10 @@ def _order_inputs(graph: fx.Graph, fixed: Mapping[str, Any], forward: Callable[.
         place = next(iter(graph.nodes)) if last is None else last.next
         if place is not nodes[name]:
             place.prepend(nodes[name])
+        named = not str(nodes[name].target).startswith("*")
+        if named and last is not None and last.args and not nodes[name].args:
+            # Behind a "*", which graphs have no word for; so all calls name it.
+            nodes[name].args = (None,)
         last = nodes[name]
 
 

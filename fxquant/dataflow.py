@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Callable
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -29,6 +30,12 @@ def is_container(node: fx.Node) -> bool:
     if node.op != "call_function" or not isinstance(kind, type):
         return False
     return is_dataclass(kind) or (issubclass(kind, tuple) and hasattr(kind, "_fields"))
+
+
+def fields_of(value: Any) -> dict[str, Any]:
+    """What a dataclass is made of again: field -> value, but what is at its default."""
+    given = {f.name: (getattr(value, f.name), f.default) for f in fields(value) if f.init}
+    return {name: item for name, (item, default) in given.items() if item is not default}
 
 
 def value_users(node: fx.Node) -> list[fx.Node]:

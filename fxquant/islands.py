@@ -412,8 +412,11 @@ def _inputs_of(
     inputs = [*map(written, places), *extra]
     if only or named:
         inputs += ["*", *map(written, only), *named]
-    passed = [p.name for p in places] + extra
-    return inputs, passed + [f"{name}={name}" for name in (*(p.name for p in only), *named)]
+    # As in the call: decorators of a forward may treat what comes by name in another way.
+    behind = [] if extra else [p for p in places[count:] if p.kind is p.POSITIONAL_OR_KEYWORD]
+    passed = [p.name for p in places if p not in behind] + extra
+    by_name = (*(p.name for p in (*behind, *only)), *named)
+    return inputs, passed + [f"{name}={name}" for name in by_name]
 
 
 def _rename(gm: QuantGraphModule, prefix: str) -> None:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from textwrap import shorten
 from typing import Any, Final
 
 import torch
@@ -32,6 +33,8 @@ from fxquant.shapes import as_arguments, record_shapes
 
 _RECURRENT: Final = (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
 """Modules that a graph must call: traced through, they are functions without int8 kernels."""
+_SHORT: Final = 300
+"""Characters of a message of torch.export's, which may list symbols by the hundred."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +201,8 @@ def _exported(
             )
         return program.module()
     except Exception as error:  # noqa: BLE001  # torch.export raises many kinds
-        text = str(error).strip().splitlines()
-        return f" (torch.export, the other way in: {text[0] if text else type(error).__name__})"
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        return f" (torch.export, the other way in: {shorten(text[0], _SHORT, placeholder=' ...')})"
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,6 +178,80 @@ def test_a_fixed_input_does_not_hide_why_nothing_captures() -> None:
         prepare_fx(
             Caches(), None, (floats(2, 3, 8, 8), floats(2, 3, 8, 8)), concrete_args={"keep": True}
         )
+
+
+@dataclass
+class Named(OrderedDict[str, Any]):
+    """As the results of transformers: a dataclass that is a dict, too."""
+
+    y: Any = None
+    hidden: Any = None
+
+    def __post_init__(self) -> None:
+        for name in ("y", "hidden"):
+            if getattr(self, name) is not None:
+                self[name] = getattr(self, name)
+
+
+class GivesNamed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, scale: float = 1.0, *, shift: Tensor) -> Named:
+        return Named(y=self.fc(x * scale + shift))
+
+
+def by_name(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """As decorators of transformers: they look into what comes by name, and add to it."""
+
+    @functools.wraps(forward)
+    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("flag") is None:
+            kwargs["flag"] = False
+        return forward(self, *args, **kwargs)
+
+    return wrapper
+
+
+class Decorated(nn.Module):
+    """Cannot be captured: an island, with a part that has a result and arguments of a kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = GivesNamed()
+        self.last = nn.Linear(8, 4)
+
+    @by_name
+    def forward(self, x: Tensor, start: Tensor | None = None, flag: bool | None = None) -> Tensor:
+        if x.sum() > 1e9 or flag:
+            return x
+        made = self.part(x, shift=x.detach() * 0)
+        return self.last(made.y)
+
+
+def test_a_dataclass_that_is_a_dict_stays_one() -> None:
+    model, x = GivesNamed().eval(), floats(3, 8)
+    example = {"x": x, "shift": x}
+    gm = prepare_fx(model, None, example)
+    for found in (gm(x, shift=x), convert_fx(calibrate(gm, [example]))(x, shift=x)):
+        assert type(found) is Named
+        assert list(found) == ["y"]
+        assert sqnr(model(x, shift=x).y, found.y) > 30
+    assert sqnr(model(x, 2.0, shift=x).y, gm(x, 2.0, shift=x).y) > 100
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_inputs_are_passed_on_as_they_came(*, trains: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Decorated().train(trains), floats(3, 8)
+    prepare = prepare_qat_fx if trains else prepare_fx
+    with pytest.warns(CaptureWarning, match="with 'part', 'last' quantized on their own"):
+        gm = prepare(model, None, {"x": x})
+    gm(x=x)
+    int8 = convert_fx(gm.eval())
+    assert audit(int8, {"x": x}).confirmed
+    assert sqnr(model.eval()(x), int8(x)) > 30
 
 
 class Decides(nn.Module):
