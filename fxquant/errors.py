@@ -226,7 +226,8 @@ def _user_stacklevel() -> int:
 
     level = 1
     frame = sys._getframe(1)
-    while frame is not None and str(frame.f_globals.get("__name__", "")).split(".")[0] == "fxquant":
+    ours = ("fxquant", "contextlib")  # whose decorators stand between the user and us
+    while frame is not None and str(frame.f_globals.get("__name__", "")).split(".")[0] in ours:
         if frame.f_back is None:
             break
         frame = frame.f_back
