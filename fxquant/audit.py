@@ -337,11 +337,12 @@ class _Confirmation:
         """``report`` with what the profiler says."""
         self.problems += [f"{row.name!r}: {row.reason}" for row in report.rows if _astray(row)]
         graphs = labelled(self.gm)
-        for graph in graphs.values():
-            graph.pack()  # packing is no part of a call, though the first one may do it
         try:
-            seen = kernels_of_call(self.gm, self.bound)
-            trace = kernels_by_node(self.gm, self.bound)
+            with self.gm.packed_apart():
+                for graph in graphs.values():
+                    graph.pack()  # packing is no part of a call, though the first one may do it
+                seen = kernels_of_call(self.gm, self.bound)
+                trace = kernels_by_node(self.gm, self.bound)
         except Exception as error:  # noqa: BLE001  # whatever the user's inputs make the model raise
             text = f"the profiled call failed: {_first_line(error)}. Pass example_inputs that run"
             return replace(report, discrepancies=(*self.problems, text))

@@ -329,6 +329,27 @@ class QuantGraphModule(fx.GraphModule):
             getattr(self, name)
 
     @contextmanager
+    def packed_apart(self) -> Iterator[None]:
+        """Give calls inside packed constants of their own, in this graph and those in its modules.
+
+        oneDNN prepares a convolution for the batch, size and threads of the first call, for good:
+        others take about 15 us longer. Calls that only look should not be that first one.
+        """
+        graphs = list(graphs_in(self))
+        held = [
+            {p.name: graph.__dict__.pop(p.name, None) for p in graph.state.packs}
+            for graph in graphs
+        ]
+        try:
+            yield
+        finally:
+            for graph, packed in zip(graphs, held, strict=True):
+                for name, value in packed.items():
+                    graph.__dict__.pop(name, None)
+                    if value is not None:
+                        graph.__dict__[name] = value
+
+    @contextmanager
     def packing_put_off(self) -> Iterator[None]:
         """Let code that only looks whether attributes are there read packed constants.
 

@@ -402,3 +402,19 @@ def test_nearly_all_is_not_all() -> None:
     assert 0.998 < report.mac_coverage < 1
     assert "100.00 %" not in report.summary
     assert {row.name for row in report.rows if row.runs is Runs.INT8} == {"fc"}
+
+
+def test_an_audit_leaves_the_first_call_to_the_user() -> None:
+    """oneDNN prepares convolutions for the first batch that it sees, so audit's does not count."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    int8 = convert_fx(calibrate(prepare_fx(model, None, (x,)), [x]))
+    names = {pack.name for pack in int8.state.packs}
+    assert len(names) == 2
+    assert audit(int8).confirmed
+    assert set(int8.unpacked) == names
+    int8(x[:1])
+    held = {name: getattr(int8, name) for name in names}
+    assert audit(int8).confirmed
+    assert all(getattr(int8, name) is held[name] for name in names)
