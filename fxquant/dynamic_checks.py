@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fxquant.kernel_probe import dynamic_quant_max, exact_engine
+from fxquant.kernel_probe import dynamic_quant_max, engines_for
 from fxquant.kernels import embedding, embedding_bag
 from fxquant.packing import pack_float16_linear, pack_linear
 from fxquant.script_kernels import pack_table
@@ -34,10 +34,12 @@ Compare = Callable[[Tensor, Tensor], None]
 
 def dynamic_checks() -> Iterator[tuple[str, Callable[[Compare], None]]]:
     """Names, and checks that hand results to a comparison; ranges as this machine needs them."""
-    largest = dynamic_quant_max(_DYNAMIC)
     for relu in (False, True):
         name = f"quantized::linear{'_relu' if relu else ''}_dynamic"
-        yield f"{name} ({exact_engine('linear')}, 0..{largest})", _int8_linear(largest, relu=relu)
+        for engine in engines_for("linear"):
+            largest = dynamic_quant_max(_DYNAMIC, engine)
+            check = _int8_linear(engine, largest, relu=relu)
+            yield f"{name} ({engine}, 0..{largest})", check
         yield f"{name}_fp16", _float16_linear(relu=relu)
     for bits, ending in ((8, "byte"), (4, "4bit")):
         yield f"quantized::embedding_{ending}", _table(bits, bags=False)
@@ -54,7 +56,7 @@ def _rows(generator: torch.Generator) -> Iterator[Tensor]:
     yield torch.randint(-127, 128, shape, generator=generator).to(torch.int8)
 
 
-def _int8_linear(largest: int, *, relu: bool) -> Callable[[Compare], None]:
+def _int8_linear(engine: str, largest: int, *, relu: bool) -> Callable[[Compare], None]:
     """Activations are whole numbers up to ``largest``, so their scale is 1: exact."""
 
     def run(compare: Compare) -> None:
@@ -68,7 +70,7 @@ def _int8_linear(largest: int, *, relu: bool) -> Callable[[Compare], None]:
         for rows in _rows(generator):
             scale = torch.full((_OUTPUTS,), 2.0**-8)
             zeros = torch.zeros(_OUTPUTS, dtype=torch.int32)
-            packed = pack_linear(rows, scale, zeros, bias, exact_engine("linear"))
+            packed = pack_linear(rows, scale, zeros, bias, engine)
             for x in (full, noise):
                 exact = x.double() @ rows.double().T * 2.0**-8 + bias.double()
                 given = kernel(x, packed, largest <= 127)

@@ -89,12 +89,16 @@ def is_exact(form: str, engine_name: str) -> bool:
     return bool((result.int_repr() == 200).all())
 
 
-def dynamic_quant_max(spec: QuantSpec) -> int:
+def dynamic_quant_max(spec: QuantSpec, engine_name: str = "") -> int:
     """The largest integer for activations that the linear kernels quantize at run time.
 
     Where they saturate on this CPU (no VNNI), half of the range, which with weights within
     ``-127..127`` cannot overflow; else that of ``spec``.
+
+    Args:
+        spec: of the activations.
+        engine_name: whose kernels; empty for those that are run unless others are faster.
     """
-    if is_exact("linear", exact_engine("linear")):
+    if is_exact("linear", engine_name or exact_engine("linear")):
         return spec.quant_max
     return min(spec.quant_max, 127)
