@@ -37,6 +37,7 @@ from fxquant.errors import (
     LoweringWarning,
     MissingDependencyError,
     MissingExampleInputsError,
+    NativeUnavailableError,
     NonFiniteStatisticError,
     NotAGraphModuleError,
     NotPreparedError,
@@ -80,6 +81,7 @@ from fxquant.observers import (
     default_weight_observer,
 )
 from fxquant.op_rows import OpRow, Runs
+from fxquant.optimize import OptimizedModel, optimize
 from fxquant.parity import ParityReport, parity
 from fxquant.planner.budget import Budget
 from fxquant.planner.plan import Plan
@@ -174,6 +176,7 @@ __all__ = [
     "MissingExampleInputsError",
     "MovingAverageMinMaxObserver",
     "MovingAveragePerChannelMinMaxObserver",
+    "NativeUnavailableError",
     "NonFiniteStatisticError",
     "NoopObserver",
     "NotAGraphModuleError",
@@ -182,6 +185,7 @@ __all__ = [
     "OnnxEntropyRule",
     "OpRecord",
     "OpRow",
+    "OptimizedModel",
     "ParityReport",
     "PassContractError",
     "PerChannelHistogramObserver",
@@ -249,6 +253,7 @@ __all__ = [
     "get_default_qconfig",
     "get_default_qconfig_mapping",
     "load",
+    "optimize",
     "parity",
     "per_channel_dynamic_qconfig",
     "plan_mixed_precision",

@@ -28,7 +28,8 @@
     |-- CoverageError (AssertionError)            assert_int8 found less int8 than asked for
     |-- StrictModeError                           a warning under strict=True
     |-- DataNotFoundError (FileNotFoundError)     weights or data are not where they were looked for
-    `-- MissingDependencyError (ImportError)      an extra is not installed
+    |-- MissingDependencyError (ImportError)      an extra is not installed
+    `-- NativeUnavailableError (RuntimeError)     the native kernels cannot be built or run here
 
     FxQuantWarning (UserWarning)
     |-- ConfigWarning                             a rule matched nothing, or cannot be honoured
@@ -161,6 +162,10 @@ class DataNotFoundError(FxQuantError, FileNotFoundError):
 
 class MissingDependencyError(FxQuantError, ImportError):
     """An optional dependency is needed and not installed."""
+
+
+class NativeUnavailableError(FxQuantError, RuntimeError):
+    """The native kernels cannot be built or run on this machine."""
 
 
 class FxQuantWarning(UserWarning):

@@ -1,0 +1,241 @@
+"""A lowered graph for inputs of certain shapes: stretches of a plan, and calls of torch between."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.graph_module import QuantGraphModule
+from fxquant.native.plan import Plan, PlanBuilder, Value
+from fxquant.native.translate import Meta, Translation, translate
+from fxquant.op_view import attribute
+
+
+@dataclass(frozen=True, slots=True)
+class Native:
+    """Steps ``first`` to ``last - 1`` of the plan."""
+
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class Called:
+    """A node that torch computes."""
+
+    node: fx.Node
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """A tensor that torch computed becomes an input of the plan, in these strides."""
+
+    node: fx.Node
+    slot: int
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """Memory for a result of the plan, which becomes a tensor."""
+
+    node: fx.Node
+    slot: int
+    meta: Meta
+    stride: tuple[int, ...]
+
+
+Instruction = Native | Called | Imported | Exported
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph, and keeps what each value was."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.metas: dict[fx.Node, Meta] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        meta = Meta.of(result)
+        if meta is not None:
+            self.metas[n] = meta
+        return result
+
+
+@dataclass
+class _Compiler:
+    gm: QuantGraphModule
+    metas: dict[fx.Node, Meta]
+    builder: PlanBuilder = field(default_factory=PlanBuilder)
+    instructions: list[Instruction] = field(default_factory=list)
+    exported: set[fx.Node] = field(default_factory=set)
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        self.translation = Translation(self.gm, self.builder, self.metas, self.bring)
+
+    def compile(self) -> None:
+        for node in self.gm.graph.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                continue
+            value = None if node.op == "output" else translate(self.translation, node)
+            if value is not None:
+                self.translation.values[node] = value
+                continue
+            for source in node.all_input_nodes:
+                self.export(source)
+            if node.op != "output":
+                self.flush()
+                self.instructions.append(Called(node))
+        self.flush()
+
+    def flush(self) -> None:
+        """Steps added since the last flush run here."""
+        if len(self.builder.steps) > self.done:
+            self.instructions.append(Native(self.done, len(self.builder.steps)))
+            self.done = len(self.builder.steps)
+
+    def bring(self, node: fx.Node) -> Value | None:
+        """What torch computed as a value of the plan."""
+        meta = self.metas.get(node)
+        if meta is None or len(meta.shape) not in (2, 4) or 0 in meta.shape:
+            return None
+        if meta.dtype == torch.float32:
+            outside = self.builder.external(meta.shape, torch.float32)
+            stride = meta.stride
+            made = outside
+        elif meta.dtype in (torch.uint8, torch.quint8):
+            numbers: dict[str, Any] = {"scale": meta.scale, "zero_point": meta.zero_point}
+            outside = self.builder.external(meta.shape, torch.uint8, **numbers)
+            stride = _channels_last(meta.shape)
+            # Kernels read a little further than they use, which is safe in the arena only.
+            made = self.builder.value(meta.shape, torch.uint8, **numbers)
+            self.builder.add("copy", {"a": outside}, made, element=1)
+            self.translation.values[node] = made
+        else:
+            return None
+        self.instructions.append(Imported(node, outside.buffer.slot, stride))
+        return made
+
+    def export(self, node: fx.Node) -> None:
+        """Make a tensor of a value that torch reads."""
+        value = self.translation.values.get(node)
+        if value is None or node in self.exported or node.op == "placeholder":
+            return
+        meta = self.metas[node]
+        if value.bytes_of is not None:
+            self.translation.floats(node)
+        out = self.builder.external(value.shape, value.dtype)
+        stride = _channels_last(value.shape)
+        self.instructions.append(Exported(node, out.buffer.slot, meta, stride))
+        self.builder.add("copy", {"a": value}, out, element=value.element)
+        self.exported.add(node)
+        self.flush()
+
+
+def _channels_last(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) == 4:
+        _, c, h, w = shape
+        return (h * w * c, 1, w * c, c)
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return tuple(strides)
+
+
+class Program:
+    """What runs in the place of a graph, for inputs like those that it was made from.
+
+    Attributes:
+        plan: the native part.
+        called: the nodes that torch computes.
+    """
+
+    def __init__(self, gm: QuantGraphModule, inputs: tuple[Any, ...]) -> None:
+        recorder = _Recorder(gm)
+        self.expected = recorder.run(*inputs)
+        compiler = _Compiler(gm, recorder.metas)
+        compiler.compile()
+        self.plan: Plan = compiler.builder.build()
+        self.called = tuple(i.node for i in compiler.instructions if isinstance(i, Called))
+        self.native = tuple(compiler.translation.values)
+        self._gm = gm
+        self._instructions = tuple(compiler.instructions)
+        self._placeholders = tuple(n for n in gm.graph.nodes if n.op == "placeholder")
+        self._output = next(n.args[0] for n in gm.graph.nodes if n.op == "output")
+        self._constants = {
+            n: attribute(gm, str(n.target)) for n in gm.graph.nodes if n.op == "get_attr"
+        }
+        self._arenas: list[Tensor] = []
+
+    def run(self, inputs: tuple[Any, ...], threads: int) -> Any:
+        """The result for inputs of the shapes, strides and types that it was made for.
+
+        Args:
+            inputs: as the graph's placeholders, in order.
+            threads: how many threads the native part may use.
+        """
+        try:
+            arena = self._arenas.pop()  # each concurrent call has its own
+        except IndexError:
+            arena = torch.empty(self.plan.arena + 64, dtype=torch.uint8)
+        slots = (ctypes.c_void_p * self.plan.slots)()
+        start = arena.data_ptr()
+        slots[0] = start + (-start) % 64
+        env: dict[fx.Node, Any] = dict(zip(self._placeholders, inputs, strict=True))
+        keep: list[Tensor] = []
+
+        def argument(node: fx.Node) -> Any:
+            return env[node] if node in env else self._constants[node]
+
+        for step in self._instructions:
+            if isinstance(step, Native):
+                self.plan.run(slots, step.first, step.last, threads)
+            elif isinstance(step, Imported):
+                tensor = _with_stride(argument(step.node), step.stride)
+                keep.append(tensor)
+                slots[step.slot] = tensor.data_ptr()
+            elif isinstance(step, Exported):
+                made = _empty(step.meta, step.stride)
+                env[step.node] = made
+                slots[step.slot] = made.data_ptr()
+            else:
+                node = step.node
+                args = fx.map_arg(node.args, argument)
+                kwargs = fx.map_arg(node.kwargs, argument)
+                env[node] = _call(self._gm, node, args, kwargs)
+        self._arenas.append(arena)
+        return fx.map_arg(self._output, argument)
+
+
+def _call(gm: fx.GraphModule, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    if node.op == "call_function":
+        return node.target(*args, **kwargs)  # type: ignore[operator]  # a function, by its op
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return gm.get_submodule(str(node.target))(*args, **kwargs)
+
+
+def _with_stride(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The integers or floats of ``tensor``, in these strides."""
+    if tuple(tensor.stride()) == stride:
+        return tensor
+    if tensor.is_quantized:
+        tensor = tensor.int_repr()
+    made = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype)
+    return made.copy_(tensor)
+
+
+def _empty(meta: Meta, stride: tuple[int, ...]) -> Tensor:
+    if meta.dtype != torch.quint8:
+        return torch.empty_strided(meta.shape, stride, dtype=meta.dtype)
+    layout = torch.channels_last if len(meta.shape) == 4 else torch.contiguous_format
+    return torch._empty_affine_quantized(
+        meta.shape, scale=meta.scale, zero_point=meta.zero_point, dtype=meta.dtype,
+        memory_format=layout,
+    )  # fmt: skip

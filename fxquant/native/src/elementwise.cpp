@@ -1,0 +1,244 @@
+#include "elementwise.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace fxq {
+namespace {
+
+// Calls f(pixel, a pixel's channels) for this thread's share.
+template <typename F>
+inline void for_pixels(const Tensor& out, const Worker& worker, F f) {
+  int64_t first, last;
+  worker.share(out.pixels(), first, last);
+  for (int64_t p = first; p < last; p++) f(p);
+}
+
+// The pixel of an operand that may have one per image, beside pixel p of the result.
+inline int64_t beside(const Tensor& operand, const Tensor& out, int64_t p) {
+  return operand.h * operand.w == 1 ? p / (out.h * out.w) : p;
+}
+
+inline __m128i quantized(__m512 x, __m512 inverse, __m512 zero_point) {
+  const __m512 y = _mm512_fmadd_ps(x, inverse, zero_point);
+  return _mm512_cvtepi32_epi8(to_int(y, _mm512_setzero_ps(), _mm512_set1_ps(255.0f)));
+}
+
+}  // namespace
+
+void Quantize::run(const Call& call, const Worker& worker) const {
+  const float* input = call.floats(in);
+  uint8_t* output = call.at(out);
+  const __m512 scale = _mm512_set1_ps(inverse), zero = _mm512_set1_ps(zero_point);
+  int64_t first, last;
+  if (stride_c == 1 && stride_w == out.c && stride_h == out.w * out.c &&
+      stride_n == out.h * out.w * out.c && out.pixel == out.c) {  // the same order: one long row
+    worker.share(round_up(out.pixels() * out.c, 64) / 64, first, last);
+    for (int64_t i = 64 * first; i < std::min(64 * last, out.pixels() * out.c); i += 16) {
+      const __mmask16 mask = mask16(out.pixels() * out.c - i);
+      _mm_mask_storeu_epi8(output + i, mask,
+                           quantized(_mm512_maskz_loadu_ps(mask, input + i), scale, zero));
+    }
+    return;
+  }
+  worker.share(out.n * out.h, first, last);
+  for (int64_t line = first; line < last; line++) {
+    const float* from = input + line / out.h * stride_n + line % out.h * stride_h;
+    uint8_t* to = output + line * out.w * out.pixel;
+    if (stride_w == 1 && out.pixel == 4) {  // planes of an image, interleaved by four
+      for (int64_t x = 0; x < out.w; x += 16) {
+        const __mmask16 mask = mask16(out.w - x);
+        __m128i plane[4];
+        for (int c = 0; c < 4; c++) {
+          plane[c] = c < out.c ? quantized(_mm512_maskz_loadu_ps(mask, from + c * stride_c + x),
+                                           scale, zero)
+                               : _mm_setzero_si128();
+        }
+        const __m512i lanes = _mm512_or_si512(
+            _mm512_or_si512(_mm512_cvtepu8_epi32(plane[0]),
+                            _mm512_slli_epi32(_mm512_cvtepu8_epi32(plane[1]), 8)),
+            _mm512_or_si512(_mm512_slli_epi32(_mm512_cvtepu8_epi32(plane[2]), 16),
+                            _mm512_slli_epi32(_mm512_cvtepu8_epi32(plane[3]), 24)));
+        _mm512_mask_storeu_epi32(to + 4 * x, mask, lanes);
+      }
+    } else if (stride_w == 1 && out.w > 1) {
+      for (int64_t c = 0; c < out.c; c++) {
+        for (int64_t x = 0; x < out.w; x += 16) {
+          const __mmask16 mask = mask16(out.w - x);
+          alignas(16) uint8_t bytes[16];
+          _mm_store_si128(reinterpret_cast<__m128i*>(bytes),
+                          quantized(_mm512_maskz_loadu_ps(mask, from + c * stride_c + x), scale,
+                                    zero));
+          for (int64_t i = 0; i < std::min<int64_t>(16, out.w - x); i++)
+            to[(x + i) * out.pixel + c] = bytes[i];
+        }
+      }
+    } else if (stride_c == 1) {
+      for (int64_t x = 0; x < out.w; x++) {
+        for (int64_t c = 0; c < out.c; c += 16) {
+          const __mmask16 mask = mask16(out.c - c);
+          _mm_mask_storeu_epi8(
+              to + x * out.pixel + c, mask,
+              quantized(_mm512_maskz_loadu_ps(mask, from + x * stride_w + c), scale, zero));
+        }
+      }
+    } else {
+      for (int64_t x = 0; x < out.w; x++) {
+        for (int64_t c = 0; c < out.c; c++) {
+          const __m512 value = _mm512_set1_ps(from[x * stride_w + c * stride_c]);
+          to[x * out.pixel + c] =
+              static_cast<uint8_t>(_mm_cvtsi128_si32(quantized(value, scale, zero)));
+        }
+      }
+    }
+  }
+}
+
+void Dequantize::run(const Call& call, const Worker& worker) const {
+  const uint8_t* input = call.at(in);
+  float* output = call.floats(out);
+  const __m512 factor = _mm512_set1_ps(scale), zero = _mm512_set1_ps(zero_point);
+  for_pixels(out, worker, [&](int64_t p) {
+    for (int64_t c = 0; c < out.c; c += 16) {
+      const __mmask16 mask = mask16(out.c - c);
+      const __m512 x = bytes_to_float(input + p * in.pixel + c, mask);
+      _mm512_mask_storeu_ps(output + p * out.pixel + c, mask,
+                            _mm512_mul_ps(_mm512_sub_ps(x, zero), factor));
+    }
+  });
+}
+
+void Add::run(const Call& call, const Worker& worker) const {
+  const uint8_t *left = call.at(a), *right = call.at(b);
+  uint8_t* output = call.at(out);
+  const __m512 a_factor = _mm512_set1_ps(a_scale), b_factor = _mm512_set1_ps(b_scale);
+  const __m512 a_term = _mm512_set1_ps(-a_zero_point * a_scale);
+  const __m512 b_term = _mm512_set1_ps(-b_zero_point * b_scale);
+  const __m512 scale = _mm512_set1_ps(inverse), zero = _mm512_set1_ps(zero_point);
+  const __m512 lowest = _mm512_set1_ps(low), highest = _mm512_set1_ps(255.0f);
+  for_pixels(out, worker, [&](int64_t p) {
+    const uint8_t* x = left + beside(a, out, p) * a.pixel;
+    const uint8_t* y = right + beside(b, out, p) * b.pixel;
+    for (int64_t c = 0; c < out.c; c += 16) {
+      const __mmask16 mask = mask16(out.c - c);
+      const __m512 sum = _mm512_add_ps(_mm512_fmadd_ps(bytes_to_float(x + c, mask), a_factor, a_term),
+                                       _mm512_fmadd_ps(bytes_to_float(y + c, mask), b_factor, b_term));
+      const __m512 rounded = _mm512_roundscale_ps(
+          _mm512_mul_ps(sum, scale), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      const __m512i q = to_int(_mm512_add_ps(rounded, zero), lowest, highest);
+      _mm_mask_storeu_epi8(output + p * out.pixel + c, mask, _mm512_cvtepi32_epi8(q));
+    }
+  });
+}
+
+void Multiply::run(const Call& call, const Worker& worker) const {
+  const uint8_t *left = call.at(a), *right = call.at(b);
+  uint8_t* output = call.at(out);
+  const __m512i a_zero = _mm512_set1_epi32(a_zero_point), b_zero = _mm512_set1_epi32(b_zero_point);
+  const __m512 factor = _mm512_set1_ps(multiplier), zero = _mm512_set1_ps(zero_point);
+  const __m512 lowest = _mm512_set1_ps(low), highest = _mm512_set1_ps(255.0f);
+  for_pixels(out, worker, [&](int64_t p) {
+    const uint8_t* x = left + beside(a, out, p) * a.pixel;
+    const uint8_t* y = right + beside(b, out, p) * b.pixel;
+    for (int64_t c = 0; c < out.c; c += 16) {
+      const __mmask16 mask = mask16(out.c - c);
+      const __m512i i = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, x + c));
+      const __m512i j = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, y + c));
+      const __m512i product =
+          _mm512_mullo_epi32(_mm512_sub_epi32(i, a_zero), _mm512_sub_epi32(j, b_zero));
+      const __m512 rounded =
+          _mm512_roundscale_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(product), factor),
+                               _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      const __m512i q = to_int(_mm512_add_ps(rounded, zero), lowest, highest);
+      _mm_mask_storeu_epi8(output + p * out.pixel + c, mask, _mm512_cvtepi32_epi8(q));
+    }
+  });
+}
+
+void ChannelAffine::run(const Call& call, const Worker& worker) const {
+  const uint8_t* input = call.at(in);
+  uint8_t* output = call.at(out);
+  const __m512 in_zero = _mm512_set1_ps(in_zero_point), zero = _mm512_set1_ps(zero_point);
+  const __m512 lowest = _mm512_set1_ps(low), highest = _mm512_set1_ps(255.0f);
+  for_pixels(out, worker, [&](int64_t p) {
+    for (int64_t c = 0; c < out.c; c += 16) {
+      const __mmask16 mask = mask16(out.c - c);
+      const __m512 x = _mm512_sub_ps(bytes_to_float(input + p * in.pixel + c, mask), in_zero);
+      const __m512 y = _mm512_fmadd_ps(x, _mm512_loadu_ps(factor.data() + c),
+                                       _mm512_loadu_ps(term.data() + c));
+      const __m512 rounded =
+          _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      const __m512i q = to_int(_mm512_add_ps(rounded, zero), lowest, highest);
+      _mm_mask_storeu_epi8(output + p * out.pixel + c, mask, _mm512_cvtepi32_epi8(q));
+    }
+  });
+}
+
+void CopyChannels::run(const Call& call, const Worker& worker) const {
+  const uint8_t* input = call.at(in);
+  uint8_t* output = call.at(out);
+  for_pixels(out, worker, [&](int64_t p) {
+    const uint8_t* from = input + p * in.pixel * element;
+    uint8_t* to = output + p * out.pixel * element;
+    if (source.empty()) {
+      memcpy(to, from, static_cast<size_t>(out.c * element));
+    } else {
+      for (int64_t c = 0; c < out.c; c++) to[c] = from[source[c]];
+    }
+  });
+}
+
+void Lookup::run(const Call& call, const Worker& worker) const {
+  const uint8_t* input = call.at(in);
+  uint8_t* output = call.at(out);
+  for_pixels(out, worker, [&](int64_t p) {
+    for (int64_t c = 0; c < out.c; c++)
+      output[p * out.pixel + c] = table[input[p * in.pixel + c]];
+  });
+}
+
+void FloatMap::run(const Call& call, const Worker& worker) const {
+  const float *left = call.floats(a), *right = call.floats(b);
+  float* output = call.floats(out);
+  const __m512 zero = _mm512_setzero_ps(), one = _mm512_set1_ps(1.0f);
+  for_pixels(out, worker, [&](int64_t p) {
+    const float* x = left + p * a.pixel;
+    const float* y = right + p * b.pixel;
+    for (int64_t c = 0; c < out.c; c += 16) {
+      const __mmask16 mask = mask16(out.c - c);
+      __m512 v = _mm512_maskz_loadu_ps(mask, x + c);
+      switch (function) {
+        case FloatFunction::relu:
+          v = _mm512_max_ps(v, zero);
+          break;
+        case FloatFunction::add:
+          v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, y + c));
+          break;
+        case FloatFunction::hardsigmoid: {
+          const __m512 six = _mm512_set1_ps(6.0f);
+          v = _mm512_add_ps(v, _mm512_set1_ps(3.0f));
+          v = _mm512_div_ps(_mm512_min_ps(_mm512_max_ps(v, zero), six), six);
+          break;
+        }
+        case FloatFunction::sigmoid: {
+          const int64_t whole = out.pixels() * out.c / 32 * 32;
+          const __m512 negated = _mm512_sub_ps(zero, v);
+          // torch takes two vectors at a time, and the scalar function for what is left.
+          const int64_t left = whole - (p * out.c + c);
+          alignas(64) float e[16];
+          _mm512_store_ps(e, left > 0 ? exp16(negated) : negated);
+          for (int64_t i = std::clamp<int64_t>(left, 0, 16); i < 16; i++) {
+            alignas(64) float plain[16];
+            _mm512_store_ps(plain, negated);
+            e[i] = std::exp(plain[i]);
+          }
+          v = _mm512_div_ps(one, _mm512_add_ps(one, _mm512_load_ps(e)));
+          break;
+        }
+      }
+      _mm512_mask_storeu_ps(output + p * out.pixel + c, mask, v);
+    }
+  });
+}
+
+}  // namespace fxq

@@ -1,0 +1,65 @@
+// What the steps of a plan share: tensors, the split of work between threads, vector helpers.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace fxq {
+
+// One 4-d value, held as [n][h][w][c] with `pixel` elements between neighbouring pixels, so that a
+// slice of channels is a tensor, too. Slot 0 is the arena; others are inputs and outputs of the call.
+struct Tensor {
+  int64_t slot;
+  int64_t offset;  // bytes
+  int64_t n, h, w, c;
+  int64_t pixel;
+  int64_t pixels() const { return n * h * w; }
+};
+
+// What a call works on. `slots[0]` is the arena of this call.
+struct Call {
+  uint8_t* const* slots;
+  uint8_t* at(const Tensor& t) const { return slots[t.slot] + t.offset; }
+  float* floats(const Tensor& t) const { return reinterpret_cast<float*>(at(t)); }
+};
+
+// One thread of a call. All threads run each step and meet behind it.
+struct Worker {
+  int index, count;
+  // The share [begin, end) of `total` units of work.
+  void share(int64_t total, int64_t& begin, int64_t& end) const {
+    begin = total * index / count;
+    end = total * (index + 1) / count;
+  }
+};
+
+struct Step {
+  virtual ~Step() = default;
+  virtual void run(const Call& call, const Worker& worker) const = 0;
+};
+
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// Float to bytes as the engines do it: clamp, then round half to even.
+inline __m512i to_int(__m512 value, __m512 low, __m512 high) {
+  return _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(value, low), high));
+}
+
+inline __m512 bytes_to_float(const uint8_t* bytes, __mmask16 mask = 0xffff) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, bytes)));
+}
+
+inline __mmask16 mask16(int64_t count) {
+  return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
+}
+
+inline __mmask64 mask64(int64_t count) {
+  return count >= 64 ? ~0ull : (1ull << count) - 1;
+}
+
+}  // namespace fxq

@@ -1,0 +1,216 @@
+// Convolutions and linears as products of gathered rows of bytes with packed weights (vpdpbusd).
+//
+// A kernel computes MR pixels by 16 * NV channels in registers. The rows of a pixel are found through
+// pointers, one for each position of the window, and a row of zero points stands in for the padding.
+#include "gemm.h"
+
+#include <algorithm>
+#include <vector>
+
+namespace fxq {
+namespace {
+
+constexpr int kMaxRows = 14;
+constexpr int kMaxVectors = 4;
+
+struct Tile {
+  const uint8_t* const* rows;  // [positions][MR]
+  int positions;
+  int groups_of_4;  // input channels of one position, by four
+  const int8_t* weights;
+  const Requantize* requantize;
+  int channel;          // the first one, for the per-channel constants
+  __mmask16 last_mask;  // of the last vector of channels
+  uint8_t* out;         // bytes or floats
+  int64_t out_pixel;    // in elements
+  const uint8_t* other;
+  int64_t other_pixel;
+};
+
+// The general epilogue, from sums in memory.
+void finish(const Tile& t, const int32_t* sums, int rows, int vectors) {
+  const Requantize& r = *t.requantize;
+  for (int v = 0; v < vectors; v++) {
+    const __mmask16 mask = v == vectors - 1 ? t.last_mask : 0xffff;
+    const __m512 scale = _mm512_loadu_ps(r.scale + t.channel + 16 * v);
+    const __m512 bias = _mm512_loadu_ps(r.bias + t.channel + 16 * v);
+    for (int m = 0; m < rows; m++) {
+      const __m512i sum = _mm512_loadu_si512(sums + 16 * (m * vectors + v));
+      const uint8_t* other =
+          t.other == nullptr ? nullptr : t.other + m * t.other_pixel + 16 * v;
+      const __m512 y = in_float(sum, scale, bias, r, other, mask);
+      const int64_t at = m * t.out_pixel + 16 * v;
+      if (r.to_float) {
+        _mm512_mask_storeu_ps(reinterpret_cast<float*>(t.out) + at, mask, y);
+      } else {
+        _mm_mask_storeu_epi8(t.out + at, mask, _mm512_cvtepi32_epi8(in_integers(y, r)));
+      }
+    }
+  }
+}
+
+#define FXQ_UNROLL _Pragma("GCC unroll 16")
+
+template <int MR, int NV>
+__attribute__((noinline)) void tile(const Tile& t) {
+  __m512i acc[MR][NV];
+  const Requantize& r = *t.requantize;
+  FXQ_UNROLL for (int v = 0; v < NV; v++) {
+    const __m512i start = _mm512_loadu_si512(r.correction + t.channel + 16 * v);
+    FXQ_UNROLL for (int m = 0; m < MR; m++) acc[m][v] = start;
+  }
+  const int8_t* weights = t.weights;
+  const int groups = t.groups_of_4;
+  for (int p = 0; p < t.positions; p++) {
+    const uint8_t* rows[MR];
+    FXQ_UNROLL for (int m = 0; m < MR; m++) rows[m] = t.rows[p * MR + m];
+    for (int k = 0; k < groups; k++) {
+      __m512i w[NV];
+      FXQ_UNROLL for (int v = 0; v < NV; v++) w[v] = _mm512_loadu_si512(weights + 64 * v);
+      weights += 64 * NV;
+      FXQ_UNROLL for (int m = 0; m < MR; m++) {
+        int32_t four;
+        memcpy(&four, rows[m] + 4 * k, 4);
+        const __m512i a = _mm512_set1_epi32(four);
+        // In assembly, since compilers copy accumulators around the intrinsic.
+        FXQ_UNROLL for (int v = 0; v < NV; v++)
+            asm("vpdpbusd %2, %1, %0" : "+v"(acc[m][v]) : "v"(a), "v"(w[v]));
+      }
+    }
+  }
+  if (r.fbgemm | r.to_float | (r.activation != Activation::none) | (t.other != nullptr)) {
+    alignas(64) int32_t sums[MR * NV * 16];
+    FXQ_UNROLL for (int m = 0; m < MR; m++) {
+      FXQ_UNROLL for (int v = 0; v < NV; v++)
+          _mm512_store_si512(sums + 16 * (m * NV + v), acc[m][v]);
+    }
+    finish(t, sums, MR, NV);
+    return;
+  }
+  const __m512 input_scale = _mm512_set1_ps(r.input_scale);
+  const __m512 inverse = _mm512_set1_ps(r.inverse), zero_point = _mm512_set1_ps(r.zero_point);
+  const __m512 low = _mm512_set1_ps(r.low), high = _mm512_set1_ps(r.high);
+  FXQ_UNROLL for (int v = 0; v < NV; v++) {
+    const __mmask16 mask = v == NV - 1 ? t.last_mask : 0xffff;
+    const __m512 scale = _mm512_loadu_ps(r.scale + t.channel + 16 * v);
+    const __m512 bias = _mm512_loadu_ps(r.bias + t.channel + 16 * v);
+    FXQ_UNROLL for (int m = 0; m < MR; m++) {
+      __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[m][v]), input_scale);
+      y = _mm512_add_ps(_mm512_mul_ps(y, scale), bias);
+      y = _mm512_add_ps(_mm512_mul_ps(y, inverse), zero_point);
+      _mm_mask_storeu_epi8(t.out + m * t.out_pixel + 16 * v, mask,
+                           _mm512_cvtepi32_epi8(to_int(y, low, high)));
+    }
+  }
+}
+
+using TileFunction = void (*)(const Tile&);
+
+// kTiles[NV - 1][MR - 1]; as many rows as leave room for weights and a broadcast in 32 registers.
+const TileFunction kTiles[kMaxVectors][kMaxRows] = {
+    {tile<1, 1>, tile<2, 1>, tile<3, 1>, tile<4, 1>, tile<5, 1>, tile<6, 1>, tile<7, 1>,
+     tile<8, 1>, tile<9, 1>, tile<10, 1>, tile<11, 1>, tile<12, 1>, tile<13, 1>, tile<14, 1>},
+    {tile<1, 2>, tile<2, 2>, tile<3, 2>, tile<4, 2>, tile<5, 2>, tile<6, 2>, tile<7, 2>,
+     tile<8, 2>, tile<9, 2>, tile<10, 2>, tile<11, 2>, tile<12, 2>},
+    {tile<1, 3>, tile<2, 3>, tile<3, 3>, tile<4, 3>, tile<5, 3>, tile<6, 3>, tile<7, 3>,
+     tile<8, 3>},
+    {tile<1, 4>, tile<2, 4>, tile<3, 4>, tile<4, 4>, tile<5, 4>, tile<6, 4>},
+};
+constexpr int kRows[kMaxVectors] = {14, 12, 8, 6};
+
+}  // namespace
+
+std::vector<ChannelBlock> channel_blocks(int64_t channels) {
+  std::vector<ChannelBlock> blocks;
+  int64_t vectors = round_up(channels, 16) / 16, channel = 0;
+  while (vectors > 0) {
+    // 5 = 3 + 2 rather than 4 + 1: one vector alone leaves half of the multipliers idle.
+    const int64_t take = vectors == 5 ? 3 : std::min<int64_t>(vectors, kMaxVectors);
+    blocks.push_back({static_cast<int>(channel), static_cast<int>(take)});
+    channel += 16 * take;
+    vectors -= take;
+  }
+  return blocks;
+}
+
+void GemmConvolution::run(const Call& call, const Worker& worker) const {
+  const int64_t pixels = out.n * out.h * out.w;
+  const int64_t blocks = static_cast<int64_t>(channels.size());
+  // Threads share the weights' columns where these are many, else the pixels.
+  const bool by_pixels = worker.count == 1 || pixels >= 4 * 14 * worker.count;
+  int64_t first_pixel = 0, last_pixel = pixels, first_block = 0, last_block = groups * blocks;
+  if (worker.count > 1) {
+    if (by_pixels) {
+      worker.share(pixels, first_pixel, last_pixel);
+    } else {
+      worker.share(groups * blocks, first_block, last_block);
+    }
+  }
+  for (int64_t b = first_block; b < last_block; b++)
+    run_block(call, b / blocks, channels[b % blocks], packed_offset[b], first_pixel, last_pixel);
+}
+
+void GemmConvolution::run_block(const Call& call, int64_t group, const ChannelBlock& block,
+                                int64_t packed, int64_t first, int64_t last) const {
+  const int64_t group_channels = out.c / groups;
+  const int positions = kernel_h * kernel_w;
+  const int rows_at_once = kRows[block.vectors - 1];
+  const uint8_t* input = call.at(in) + group * (in.c / groups);
+  const int64_t element = requantize.to_float ? 4 : 1;
+  Requantize r = requantize;
+  Tile t;
+  t.positions = positions;
+  t.groups_of_4 = static_cast<int>(round_up(in.c / groups, 4) / 4);
+  t.weights = weights + packed;
+  t.requantize = &r;
+  t.channel = static_cast<int>(group * round_up(group_channels, 16)) + block.channel;
+  t.last_mask = mask16(group_channels - block.channel - 16 * (block.vectors - 1));
+  t.out_pixel = out.pixel;
+  t.other_pixel = other.pixel;
+  const int64_t column = group * group_channels + block.channel;
+  uint8_t* output = call.at(out) + column * element;
+  const uint8_t* addend = has_other ? call.at(other) + column : nullptr;
+  std::vector<const uint8_t*> rows(static_cast<size_t>(positions) * rows_at_once);
+  t.rows = rows.data();
+  for (int64_t m = first; m < last; m += rows_at_once) {
+    const int count = static_cast<int>(std::min<int64_t>(rows_at_once, last - m));
+    find_rows(input, m, count, rows.data());
+    t.out = output + m * out.pixel * element;
+    t.other = addend == nullptr ? nullptr : addend + m * other.pixel;
+    kTiles[block.vectors - 1][count - 1](t);
+  }
+}
+
+void GemmConvolution::find_rows(const uint8_t* input, int64_t pixel, int count,
+                                const uint8_t** rows) const {
+  if (pointwise) {
+    for (int i = 0; i < count; i++) rows[i] = input + (pixel + i) * in.pixel;
+    return;
+  }
+  const int64_t image = out.h * out.w;
+  int64_t n = pixel / image, y = pixel % image / out.w, x = pixel % out.w;
+  for (int i = 0; i < count; i++) {
+    const uint8_t* base = input + n * in.h * in.w * in.pixel;
+    const int64_t* columns = column_offset.data() + x * kernel_w;
+    const int64_t* lines = line_offset.data() + y * kernel_h;
+    const uint8_t** row = rows + i;
+    for (int ky = 0; ky < kernel_h; ky++) {
+      const int64_t line = lines[ky];
+      for (int kx = 0; kx < kernel_w; kx++) {
+        const int64_t offset = columns[kx];
+        // Offsets are negative in the padding.
+        *row = (line | offset) < 0 ? padding_row : base + line + offset;
+        row += count;
+      }
+    }
+    if (++x == out.w) {
+      x = 0;
+      if (++y == out.h) {
+        y = 0;
+        n++;
+      }
+    }
+  }
+}
+
+}  // namespace fxq

@@ -1,0 +1,37 @@
+#pragma once
+
+#include <vector>
+
+#include "requantize.h"
+
+namespace fxq {
+
+// Output channels that one pass over the pixels computes: `vectors` times 16 from `channel` on.
+struct ChannelBlock {
+  int channel;
+  int vectors;
+};
+
+std::vector<ChannelBlock> channel_blocks(int64_t channels);
+
+struct GemmConvolution : Step {
+  Tensor in, out, other;
+  bool has_other = false;
+  int groups = 1, kernel_h = 1, kernel_w = 1;
+  bool pointwise = false;  // one position, stride 1, no padding
+  Requantize requantize;
+  const int8_t* weights = nullptr;  // [group][block][position][input channels / 4][16 * vectors][4]
+  const uint8_t* padding_row = nullptr;
+  std::vector<ChannelBlock> channels;
+  std::vector<int64_t> packed_offset;              // of [group][block]
+  std::vector<int64_t> line_offset, column_offset;  // [y][ky], [x][kx]: bytes, or -1 in the padding
+
+  void run(const Call& call, const Worker& worker) const override;
+
+ private:
+  void run_block(const Call& call, int64_t group, const ChannelBlock& block, int64_t packed,
+                 int64_t first, int64_t last) const;
+  void find_rows(const uint8_t* input, int64_t pixel, int count, const uint8_t** rows) const;
+};
+
+}  // namespace fxq

@@ -1,0 +1,336 @@
+// The C interface: plans are built step by step, and run. `fxquant/native/library.py` mirrors it.
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "depthwise.h"
+#include "elementwise.h"
+#include "gemm.h"
+#include "pooling.h"
+#include "threads.h"
+
+using namespace fxq;
+
+namespace {
+
+template <typename T>
+struct Aligned {
+  T* data = nullptr;
+  explicit Aligned(size_t count) {
+    const size_t bytes = static_cast<size_t>(round_up(static_cast<int64_t>(count * sizeof(T)), 64));
+    data = static_cast<T*>(std::aligned_alloc(64, bytes + 64));
+    if (data != nullptr) memset(data, 0, bytes + 64);
+  }
+};
+
+struct Plan {
+  std::vector<std::unique_ptr<Step>> steps;
+  std::vector<const Step*> order;
+  std::vector<void*> constants;
+
+  ~Plan() {
+    for (void* constant : constants) std::free(constant);
+  }
+  template <typename T>
+  T* keep(size_t count) {
+    T* data = Aligned<T>(count).data;
+    constants.push_back(data);
+    return data;
+  }
+  template <typename S>
+  void add(std::unique_ptr<S> step) {
+    order.push_back(step.get());
+    steps.push_back(std::move(step));
+  }
+};
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+struct ConvolutionArguments {
+  Tensor in, out, other;
+  const int8_t* weight;       // [output channels][input channels / groups][kernel_h][kernel_w]
+  const float* weight_scale;  // per output channel
+  const float* bias;          // per output channel; null for none
+  int32_t has_other, groups, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w;
+  int32_t dilation_h, dilation_w, fbgemm, to_float, activation, in_zero_point, depthwise, unused;
+  float in_scale, inverse, zero_point, low, high, alpha, beta, other_scale, other_zero_point, out_scale;
+};
+
+struct MoveArguments {  // steps of one or two inputs
+  Tensor a, b, out;
+  int64_t stride_n, stride_c, stride_h, stride_w, element;
+  const void* table;  // bytes, channels or factors
+  const float* term;
+  __m512 (*exp16)(__m512);
+  int32_t a_zero_point, b_zero_point, function, count_padding, divisor, from_bytes;
+  int32_t kernel_h, kernel_w, window_stride_h, window_stride_w, padding_h, padding_w;
+  int32_t dilation_h, dilation_w;
+  float a_scale, b_scale, inverse, zero_point, low, multiplier;
+};
+
+int64_t fxq_convolution_arguments_size() { return sizeof(ConvolutionArguments); }
+int64_t fxq_move_arguments_size() { return sizeof(MoveArguments); }
+
+Plan* fxq_plan_create() { return new Plan; }
+void fxq_plan_destroy(Plan* plan) { delete plan; }
+
+static void set_constants(Plan* plan, Requantize& r, const ConvolutionArguments& a,
+                          const int64_t* position, int64_t padded) {
+  // position[channel]: where its constants lie among `padded`.
+  const int64_t inputs = a.in.c / a.groups, window = int64_t{a.kernel_h} * a.kernel_w;
+  auto* correction = plan->keep<int32_t>(padded);
+  auto *scale = plan->keep<float>(padded), *bias = plan->keep<float>(padded);
+  for (int64_t o = 0; o < a.out.c; o++) {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < inputs * window; i++) sum += a.weight[o * inputs * window + i];
+    const int64_t at = position[o];
+    correction[at] = static_cast<int32_t>(-sum * a.in_zero_point);
+    scale[at] = a.weight_scale[o];
+    bias[at] = a.bias == nullptr ? 0.0f : a.bias[o];
+    if (a.fbgemm) {
+      const float both = a.weight_scale[o] * a.in_scale;
+      scale[at] = both / a.out_scale;
+      bias[at] = a.bias == nullptr ? 0.0f : a.bias[o] / both;
+    }
+  }
+  r = Requantize{correction,
+                 scale,
+                 bias,
+                 a.in_scale,
+                 a.inverse,
+                 a.zero_point,
+                 a.low,
+                 a.high,
+                 a.fbgemm,
+                 a.to_float,
+                 static_cast<Activation>(a.activation),
+                 a.alpha,
+                 a.beta,
+                 nullptr,
+                 a.other_scale,
+                 a.other_zero_point};
+}
+
+static const uint8_t* padding_row(Plan* plan, const ConvolutionArguments& a) {
+  const size_t bytes = static_cast<size_t>(round_up(a.in.c, 64) + 64);
+  auto* row = plan->keep<uint8_t>(bytes);
+  memset(row, a.in_zero_point, bytes);
+  return row;
+}
+
+static void add_depthwise(Plan* plan, const ConvolutionArguments& a) {
+  auto step = std::make_unique<DepthwiseConvolution>();
+  auto& d = *step;
+  d.in = a.in, d.out = a.out, d.other = a.other, d.has_other = a.has_other != 0;
+  d.kernel_h = a.kernel_h, d.kernel_w = a.kernel_w, d.stride_h = a.stride_h;
+  d.stride_w = a.stride_w, d.padding_h = a.padding_h, d.padding_w = a.padding_w;
+  d.dilation_h = a.dilation_h, d.dilation_w = a.dilation_w;
+  d.tile_pixels = 1;
+  d.column_groups = a.kernel_w <= 4 ? 1 : 2;
+  if (a.dilation_w == 1) {
+    if (a.stride_w == 1 && a.kernel_w <= 3) d.tile_pixels = 2;
+    if (a.stride_w == 1 && a.kernel_w == 5) d.tile_pixels = 4;
+    if (a.stride_w == 1 && (a.kernel_w == 6 || a.kernel_w == 7)) d.tile_pixels = 2;
+    if (a.stride_w == 2 && (a.kernel_w == 5 || a.kernel_w == 6)) d.tile_pixels = 2;
+  }
+  const int64_t chunks = round_up(a.out.c, 64) / 64;
+  const int64_t group_size = int64_t{d.tile_pixels} * 256;
+  auto* packed = plan->keep<int8_t>(chunks * a.kernel_h * d.column_groups * group_size);
+  for (int64_t chunk = 0; chunk < chunks; chunk++) {
+    for (int64_t lane = 0; lane < 64; lane++) {
+      const int64_t channel = chunk * 64 + depthwise_channel(static_cast<int>(lane));
+      if (channel >= a.out.c) continue;
+      for (int64_t ky = 0; ky < a.kernel_h; ky++) {
+        for (int64_t column = 0; column < 4 * d.column_groups; column++) {
+          for (int64_t t = 0; t < d.tile_pixels; t++) {
+            const int64_t kx = column - t * a.stride_w;
+            if (kx < 0 || kx >= a.kernel_w) continue;
+            const int64_t group = (chunk * a.kernel_h + ky) * d.column_groups + column / 4;
+            packed[group * group_size + t * 256 + lane * 4 + column % 4] =
+                a.weight[(channel * a.kernel_h + ky) * a.kernel_w + kx];
+          }
+        }
+      }
+    }
+  }
+  d.weights = packed;
+  std::vector<int64_t> position(a.out.c);
+  for (int64_t lane = 0; lane < 64; lane++) {
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+      const int64_t channel = chunk * 64 + depthwise_channel(static_cast<int>(lane));
+      if (channel < a.out.c) position[channel] = chunk * 64 + lane;
+    }
+  }
+  set_constants(plan, d.requantize, a, position.data(), chunks * 64);
+  d.padding_row = padding_row(plan, a);
+  plan->add(std::move(step));
+}
+
+void fxq_add_convolution(Plan* plan, const ConvolutionArguments* arguments) {
+  const ConvolutionArguments& a = *arguments;
+  if (a.depthwise) return add_depthwise(plan, a);
+  auto step = std::make_unique<GemmConvolution>();
+  auto& g = *step;
+  g.in = a.in, g.out = a.out, g.other = a.other, g.has_other = a.has_other != 0;
+  g.groups = a.groups, g.kernel_h = a.kernel_h, g.kernel_w = a.kernel_w;
+  g.pointwise = a.kernel_h * a.kernel_w == 1 && a.stride_h == 1 && a.stride_w == 1 &&
+                a.padding_h == 0 && a.padding_w == 0;
+  const int64_t inputs = a.in.c / a.groups, outputs = a.out.c / a.groups;
+  const int64_t fours = round_up(inputs, 4) / 4, window = int64_t{a.kernel_h} * a.kernel_w;
+  g.channels = channel_blocks(outputs);
+  int64_t size = 0;
+  for (int64_t group = 0; group < a.groups; group++) {
+    for (const ChannelBlock& block : g.channels) {
+      g.packed_offset.push_back(size);
+      size += window * fours * 64 * block.vectors;
+    }
+  }
+  auto* packed = plan->keep<int8_t>(size);
+  for (int64_t group = 0; group < a.groups; group++) {
+    for (size_t b = 0; b < g.channels.size(); b++) {
+      const ChannelBlock& block = g.channels[b];
+      int8_t* to = packed + g.packed_offset[group * g.channels.size() + b];
+      for (int64_t p = 0; p < window; p++) {
+        for (int64_t k = 0; k < 4 * fours; k++) {
+          for (int64_t o = 0; o < 16 * block.vectors; o++) {
+            const int64_t channel = block.channel + o;
+            if (k >= inputs || channel >= outputs) continue;
+            to[((p * fours + k / 4) * 16 * block.vectors + o) * 4 + k % 4] =
+                a.weight[((group * outputs + channel) * inputs + k) * window + p];
+          }
+        }
+      }
+    }
+  }
+  g.weights = packed;
+  const int64_t padded = round_up(outputs, 16);
+  std::vector<int64_t> position(a.out.c);
+  for (int64_t o = 0; o < a.out.c; o++) position[o] = o / outputs * padded + o % outputs;
+  set_constants(plan, g.requantize, a, position.data(), a.groups * padded);
+  g.padding_row = padding_row(plan, a);
+  if (!g.pointwise) {
+    for (int64_t y = 0; y < a.out.h; y++) {
+      for (int64_t ky = 0; ky < a.kernel_h; ky++) {
+        const int64_t iy = y * a.stride_h - a.padding_h + ky * a.dilation_h;
+        g.line_offset.push_back(iy < 0 || iy >= a.in.h ? -1 : iy * a.in.w * a.in.pixel);
+      }
+    }
+    for (int64_t x = 0; x < a.out.w; x++) {
+      for (int64_t kx = 0; kx < a.kernel_w; kx++) {
+        const int64_t ix = x * a.stride_w - a.padding_w + kx * a.dilation_w;
+        g.column_offset.push_back(ix < 0 || ix >= a.in.w ? -1 : ix * a.in.pixel);
+      }
+    }
+  }
+  plan->add(std::move(step));
+}
+
+void fxq_add_quantize(Plan* plan, const MoveArguments* a) {
+  auto step = std::make_unique<Quantize>();
+  step->in = a->a, step->out = a->out;
+  step->stride_n = a->stride_n, step->stride_c = a->stride_c;
+  step->stride_h = a->stride_h, step->stride_w = a->stride_w;
+  step->inverse = a->inverse, step->zero_point = a->zero_point;
+  plan->add(std::move(step));
+}
+
+void fxq_add_dequantize(Plan* plan, const MoveArguments* a) {
+  auto step = std::make_unique<Dequantize>();
+  step->in = a->a, step->out = a->out;
+  step->scale = a->a_scale, step->zero_point = static_cast<float>(a->a_zero_point);
+  plan->add(std::move(step));
+}
+
+void fxq_add_add(Plan* plan, const MoveArguments* a) {
+  auto step = std::make_unique<Add>();
+  step->a = a->a, step->b = a->b, step->out = a->out;
+  step->a_scale = a->a_scale, step->a_zero_point = static_cast<float>(a->a_zero_point);
+  step->b_scale = a->b_scale, step->b_zero_point = static_cast<float>(a->b_zero_point);
+  step->inverse = a->inverse, step->zero_point = a->zero_point, step->low = a->low;
+  plan->add(std::move(step));
+}
+
+void fxq_add_multiply(Plan* plan, const MoveArguments* a) {
+  auto step = std::make_unique<Multiply>();
+  step->a = a->a, step->b = a->b, step->out = a->out;
+  step->a_zero_point = a->a_zero_point, step->b_zero_point = a->b_zero_point;
+  step->multiplier = a->multiplier, step->zero_point = a->zero_point, step->low = a->low;
+  plan->add(std::move(step));
+}
+
+void fxq_add_channel_affine(Plan* plan, const MoveArguments* a) {
+  auto step = std::make_unique<ChannelAffine>();
+  step->in = a->a, step->out = a->out;
+  const auto* factor = static_cast<const float*>(a->table);
+  step->factor.assign(round_up(a->out.c, 16), 0.0f);
+  step->term = step->factor;
+  std::copy(factor, factor + a->out.c, step->factor.begin());
+  std::copy(a->term, a->term + a->out.c, step->term.begin());
+  step->in_zero_point = static_cast<float>(a->a_zero_point);
+  step->zero_point = a->zero_point, step->low = a->low;
+  plan->add(std::move(step));
+}
+
+void fxq_add_copy(Plan* plan, const MoveArguments* a) {
+  auto step = std::make_unique<CopyChannels>();
+  step->in = a->a, step->out = a->out, step->element = a->element;
+  if (a->table != nullptr) {
+    const auto* source = static_cast<const int32_t*>(a->table);
+    step->source.assign(source, source + a->out.c);
+  }
+  plan->add(std::move(step));
+}
+
+void fxq_add_lookup(Plan* plan, const MoveArguments* a) {
+  auto step = std::make_unique<Lookup>();
+  step->in = a->a, step->out = a->out;
+  const auto* table = static_cast<const uint8_t*>(a->table);
+  step->table.assign(table, table + 256);
+  plan->add(std::move(step));
+}
+
+void fxq_add_float_map(Plan* plan, const MoveArguments* a) {
+  auto step = std::make_unique<FloatMap>();
+  step->a = a->a, step->b = a->b, step->out = a->out;
+  step->function = static_cast<FloatFunction>(a->function), step->exp16 = a->exp16;
+  plan->add(std::move(step));
+}
+
+static Window window_of(const MoveArguments& a) {
+  return {a.kernel_h, a.kernel_w,  a.window_stride_h, a.window_stride_w,
+          a.padding_h, a.padding_w, a.dilation_h,      a.dilation_w};
+}
+
+void fxq_add_max_pool(Plan* plan, const MoveArguments* a) {
+  auto step = std::make_unique<MaxPool>();
+  step->in = a->a, step->out = a->out, step->window = window_of(*a);
+  plan->add(std::move(step));
+}
+
+void fxq_add_average_pool(Plan* plan, const MoveArguments* a) {
+  auto step = std::make_unique<AveragePool>();
+  step->in = a->a, step->out = a->out, step->window = window_of(*a);
+  step->count_padding = a->count_padding, step->divisor = a->divisor;
+  step->zero_point = a->a_zero_point;
+  plan->add(std::move(step));
+}
+
+void fxq_add_global_mean(Plan* plan, const MoveArguments* a) {
+  auto step = std::make_unique<GlobalMean>();
+  step->in = a->a, step->out = a->out, step->from_bytes = a->from_bytes;
+  step->scale = a->a_scale, step->zero_point = static_cast<float>(a->a_zero_point);
+  plan->add(std::move(step));
+}
+
+void fxq_plan_run(const Plan* plan, uint8_t* const* slots, int64_t first, int64_t last,
+                  int32_t threads) {
+  const Call call{slots};
+  run_steps(plan->order.data() + first, static_cast<size_t>(last - first), call, threads);
+}
+
+}  // extern "C"
+#pragma GCC visibility pop

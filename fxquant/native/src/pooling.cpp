@@ -1,0 +1,151 @@
+#include "pooling.h"
+
+#include <algorithm>
+
+#include "requantize.h"
+
+namespace fxq {
+
+void MaxPool::run(const Call& call, const Worker& worker) const {
+  const uint8_t* input = call.at(in);
+  uint8_t* output = call.at(out);
+  int64_t first, last;
+  worker.share(out.n * out.h, first, last);
+  for (int64_t line = first; line < last; line++) {
+    const int64_t n = line / out.h;
+    const int64_t y = line % out.h * window.stride_h - window.padding_h;
+    for (int64_t column = 0; column < out.w; column++) {
+      const int64_t x = column * window.stride_w - window.padding_w;
+      for (int64_t c = 0; c < out.c; c += 64) {
+        const __mmask64 mask = mask64(out.c - c);
+        __m512i best = _mm512_setzero_si512();
+        for (int ky = 0; ky < window.kernel_h; ky++) {
+          const int64_t iy = y + ky * window.dilation_h;
+          if (iy < 0 || iy >= in.h) continue;
+          for (int kx = 0; kx < window.kernel_w; kx++) {
+            const int64_t ix = x + kx * window.dilation_w;
+            if (ix < 0 || ix >= in.w) continue;
+            best = _mm512_max_epu8(
+                best, _mm512_maskz_loadu_epi8(
+                          mask, input + ((n * in.h + iy) * in.w + ix) * in.pixel + c));
+          }
+        }
+        _mm512_mask_storeu_epi8(output + (line * out.w + column) * out.pixel + c, mask, best);
+      }
+    }
+  }
+}
+
+void AveragePool::run(const Call& call, const Worker& worker) const {
+  const uint8_t* input = call.at(in);
+  uint8_t* output = call.at(out);
+  int64_t first, last;
+  worker.share(out.n * out.h, first, last);
+  for (int64_t line = first; line < last; line++) {
+    const int64_t n = line / out.h;
+    const int64_t y = line % out.h * window.stride_h - window.padding_h;
+    const int64_t y_end = std::min(y + window.kernel_h, in.h + window.padding_h);
+    const int64_t y_from = std::max<int64_t>(y, 0), y_to = std::min(y + window.kernel_h, in.h);
+    for (int64_t column = 0; column < out.w; column++) {
+      const int64_t x = column * window.stride_w - window.padding_w;
+      const int64_t x_end = std::min(x + window.kernel_w, in.w + window.padding_w);
+      const int64_t x_from = std::max<int64_t>(x, 0), x_to = std::min(x + window.kernel_w, in.w);
+      const int64_t real = (y_to - y_from) * (x_to - x_from);
+      const int64_t count =
+          divisor != 0 ? divisor : count_padding ? (y_end - y) * (x_end - x) : real;
+      const __m512i start = _mm512_set1_epi32(static_cast<int>(-real * zero_point));
+      const __m512 factor = _mm512_set1_ps(1.0f / static_cast<float>(count));
+      for (int64_t c = 0; c < out.c; c += 16) {
+        const __mmask16 mask = mask16(out.c - c);
+        __m512i sum = start;
+        for (int64_t iy = y_from; iy < y_to; iy++) {
+          for (int64_t ix = x_from; ix < x_to; ix++) {
+            const uint8_t* at = input + ((n * in.h + iy) * in.w + ix) * in.pixel + c;
+            sum = _mm512_add_epi32(sum, _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, at)));
+          }
+        }
+        const __m512 rounded =
+            _mm512_roundscale_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), factor),
+                                 _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        const __m512i q =
+            to_int(_mm512_add_ps(rounded, _mm512_set1_ps(static_cast<float>(zero_point))),
+                   _mm512_setzero_ps(), _mm512_set1_ps(255.0f));
+        _mm_mask_storeu_epi8(output + (line * out.w + column) * out.pixel + c, mask,
+                             _mm512_cvtepi32_epi8(q));
+      }
+    }
+  }
+}
+
+namespace {
+
+// torch sums in levels: sums of `step` values, sums of `step` such sums, and so on (cascade_sum).
+struct Cascade {
+  static constexpr int kLevels = 4;
+  int64_t power, step, mask;
+  explicit Cascade(int64_t count) {
+    int64_t log = 0;
+    while ((int64_t{1} << log) < count) log++;
+    power = std::max<int64_t>(4, log / kLevels);
+    step = int64_t{1} << power;
+    mask = step - 1;
+  }
+};
+
+template <typename Value>
+inline __m512 cascade_sum(const Cascade& cascade, int64_t count, Value value) {
+  __m512 level[Cascade::kLevels];
+  for (auto& sum : level) sum = _mm512_setzero_ps();
+  int64_t i = 0;
+  while (i + cascade.step <= count) {
+    for (int64_t j = 0; j < cascade.step; j++, i++) level[0] = _mm512_add_ps(level[0], value(i));
+    for (int j = 1; j < Cascade::kLevels; j++) {
+      level[j] = _mm512_add_ps(level[j], level[j - 1]);
+      level[j - 1] = _mm512_setzero_ps();
+      if ((i & (cascade.mask << (j * cascade.power))) != 0) break;
+    }
+  }
+  for (; i < count; i++) level[0] = _mm512_add_ps(level[0], value(i));
+  for (int j = 1; j < Cascade::kLevels; j++) level[0] = _mm512_add_ps(level[0], level[j]);
+  return level[0];
+}
+
+}  // namespace
+
+void GlobalMean::run(const Call& call, const Worker& worker) const {
+  const int64_t pixels = in.h * in.w, vectors = round_up(out.c, 16) / 16;
+  const uint8_t* bytes = call.at(in);
+  const float* floats = call.floats(in);
+  float* output = call.floats(out);
+  const __m512 factor = _mm512_set1_ps(scale), zero = _mm512_set1_ps(zero_point);
+  const __m512 count = _mm512_set1_ps(static_cast<float>(pixels));
+  int64_t first, last;
+  worker.share(out.n * vectors, first, last);
+  for (int64_t unit = first; unit < last; unit++) {
+    const int64_t n = unit / vectors, c = unit % vectors * 16;
+    const __mmask16 mask = mask16(out.c - c);
+    const auto value = [&](int64_t pixel) {
+      const int64_t at = (n * pixels + pixel) * in.pixel + c;
+      if (!from_bytes) return _mm512_maskz_loadu_ps(mask, floats + at);
+      return _mm512_mul_ps(_mm512_sub_ps(bytes_to_float(bytes + at, mask), zero), factor);
+    };
+    // Whole groups of four (AVX2) vectors are summed in order; channels behind them in four sums, of
+    // every fourth pixel.
+    const bool in_order = c < out.c / 32 * 32;
+    __m512 sum = _mm512_setzero_ps();
+    if (in_order) {
+      sum = cascade_sum(Cascade(pixels), pixels, value);
+    } else {
+      const int64_t each = pixels / 4;
+      __m512 part[4];
+      for (int64_t k = 0; k < 4; k++)
+        part[k] = cascade_sum(Cascade(each), each, [&](int64_t i) { return value(4 * i + k); });
+      for (int64_t i = 4 * each; i < pixels; i++) part[0] = _mm512_add_ps(part[0], value(i));
+      for (int k = 1; k < 4; k++) part[0] = _mm512_add_ps(part[0], part[k]);
+      sum = part[0];
+    }
+    _mm512_mask_storeu_ps(output + n * out.pixel + c, mask, _mm512_div_ps(sum, count));
+  }
+}
+
+}  // namespace fxq

@@ -1,0 +1,108 @@
+// From an accumulator to the result, operation by operation as the engines of torch compute it.
+#pragma once
+
+#include "fxq.h"
+
+namespace fxq {
+
+enum class Activation : int32_t { none, relu, hardswish, silu, clamp };
+
+// Per-channel constants are padded to 16 channels by who builds them.
+struct Requantize {
+  const int32_t* correction;  // where accumulators start: -zero point * sum of the weights
+  const float* scale;         // of the weights (oneDNN), or input scale * weight scale / output scale
+  const float* bias;          // in float (oneDNN), or divided by input scale * weight scale (FBGEMM)
+  float input_scale;          // oneDNN multiplies by it first; unused by FBGEMM
+  float inverse;              // 1 / output scale
+  float zero_point;           // of the output
+  float low, high;            // of the output's integers
+  int32_t fbgemm;             // whose order of operations
+  int32_t to_float;           // the result stays in float
+  Activation activation;
+  float alpha, beta;          // bounds of `clamp`
+  const uint8_t* other;       // what oneDNN's sum adds, at the output's pixels; or null
+  float other_scale, other_zero_point;
+};
+
+// e^x of oneDNN's elementwise kernels (oneDNN 3, f32 on AVX512).
+inline __m512 onednn_exp(__m512 x) {
+  const auto constant = [](uint32_t bits) {
+    return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(bits)));
+  };
+  const __m512 lowest = constant(0xc2aeac50), highest = constant(0x42b17218);
+  const __m512 one = _mm512_set1_ps(1.0f);
+  const __mmask16 tiny = _mm512_cmp_ps_mask(x, lowest, _CMP_LT_OS);
+  x = _mm512_max_ps(_mm512_min_ps(x, highest), lowest);
+  const __m512 scaled =
+      _mm512_fmadd_ps(x, constant(0x3fb8aa3b), _mm512_set1_ps(0.5f));
+  const __m512 whole = _mm512_roundscale_ps(scaled, _MM_FROUND_FLOOR);
+  const __m512 rest = _mm512_fnmadd_ps(whole, constant(0x3f317218), x);
+  __m512i power = _mm512_cvtps_epi32(_mm512_sub_ps(whole, one));
+  power = _mm512_slli_epi32(_mm512_add_epi32(power, _mm512_set1_epi32(127)), 23);
+  power = _mm512_mask_mov_epi32(power, tiny, _mm512_setzero_si512());
+  __m512 sum = constant(0x3c07cfce);
+  sum = _mm512_fmadd_ps(sum, rest, constant(0x3d2b9d0d));
+  sum = _mm512_fmadd_ps(sum, rest, constant(0x3e2aad40));
+  sum = _mm512_fmadd_ps(sum, rest, constant(0x3efffee3));
+  sum = _mm512_fmadd_ps(sum, rest, constant(0x3f7ffffb));
+  sum = _mm512_fmadd_ps(sum, rest, one);
+  return _mm512_mul_ps(_mm512_mul_ps(sum, _mm512_castsi512_ps(power)), _mm512_set1_ps(2.0f));
+}
+
+// 1 / (1 + e^-x), by the symmetry that oneDNN uses.
+inline __m512 onednn_logistic(__m512 x) {
+  const __m512 sign = _mm512_set1_ps(-0.0f), one = _mm512_set1_ps(1.0f);
+  const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(x));
+  const __m512 e = onednn_exp(_mm512_or_ps(x, sign));
+  const __m512 low = _mm512_div_ps(e, _mm512_add_ps(e, one));
+  return _mm512_mask_mov_ps(_mm512_sub_ps(one, low), negative, low);
+}
+
+inline __m512 activate(__m512 y, const Requantize& r) {
+  const __m512 zero = _mm512_setzero_ps();
+  switch (r.activation) {
+    case Activation::none:
+      return y;
+    case Activation::relu:
+      return _mm512_max_ps(y, zero);
+    case Activation::clamp:
+      return _mm512_min_ps(_mm512_max_ps(y, _mm512_set1_ps(r.alpha)), _mm512_set1_ps(r.beta));
+    case Activation::hardswish: {
+      const __m512 one = _mm512_set1_ps(1.0f);
+      const __m512 sixth = _mm512_mul_ps(y, _mm512_set1_ps(1.0f / 6.0f));
+      const __m512 gate = _mm512_add_ps(sixth, _mm512_set1_ps(0.5f));
+      return _mm512_mul_ps(y, _mm512_min_ps(_mm512_max_ps(gate, zero), one));
+    }
+    case Activation::silu:
+      return _mm512_mul_ps(onednn_logistic(y), y);
+  }
+  return y;
+}
+
+// 16 channels in float, in front of the conversion to bytes; `other` points at these channels.
+inline __m512 in_float(__m512i sum, __m512 scale, __m512 bias, const Requantize& r,
+                       const uint8_t* other, __mmask16 mask) {
+  __m512 y = _mm512_cvtepi32_ps(sum);
+  if (r.fbgemm) return _mm512_mul_ps(_mm512_add_ps(y, bias), scale);
+  y = _mm512_mul_ps(y, _mm512_set1_ps(r.input_scale));
+  y = _mm512_add_ps(_mm512_mul_ps(y, scale), bias);
+  if (other != nullptr) {
+    const __m512 from_zero =
+        _mm512_sub_ps(bytes_to_float(other, mask), _mm512_set1_ps(r.other_zero_point));
+    y = _mm512_fmadd_ps(from_zero, _mm512_set1_ps(r.other_scale), y);
+  }
+  return activate(y, r);
+}
+
+inline __m512i in_integers(__m512 y, const Requantize& r) {
+  const __m512 zero_point = _mm512_set1_ps(r.zero_point);
+  if (r.fbgemm) {  // rounds first
+    y = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    y = _mm512_add_ps(y, zero_point);
+  } else {
+    y = _mm512_add_ps(_mm512_mul_ps(y, _mm512_set1_ps(r.inverse)), zero_point);
+  }
+  return to_int(y, _mm512_set1_ps(r.low), _mm512_set1_ps(r.high));
+}
+
+}  // namespace fxq

@@ -1,0 +1,13 @@
+#pragma once
+
+#include <functional>
+
+#include "fxq.h"
+
+namespace fxq {
+
+// Runs every step with `threads` threads, which meet behind each; with the caller alone where the
+// workers are busy with another call.
+void run_steps(const Step* const* steps, size_t count, const Call& call, int threads);
+
+}  // namespace fxq

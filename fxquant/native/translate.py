@@ -1,0 +1,726 @@
+"""From nodes of a lowered graph to steps of a plan; ``None`` from a rule leaves the node to torch.
+
+The rules compute what the kernels of torch compute, bit by bit: the comments in
+``src/requantize.h`` and the numbers made here say in which order each engine multiplies and adds.
+"""
+
+from __future__ import annotations
+
+import operator
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from fxquant import engine_free, kernels
+from fxquant.graph_module import QuantGraphModule
+from fxquant.native.library import exponential
+from fxquant.native.plan import PlanBuilder, Value
+from fxquant.op_view import attribute
+
+_ACTIVATIONS: Final = {"none": 0, "relu": 1, "hardswish": 2, "swish": 3, "hardtanh": 4}
+_FLOAT_FUNCTIONS: Final = {"relu": 0, "hardsigmoid": 1, "sigmoid": 2, "add": 3}
+_DEPTHWISE_LIMIT: Final = (16, 8)
+"""Largest window of the depthwise kernel."""
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """What a node's tensor was in the run that a plan is made from."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stride: tuple[int, ...]
+    scale: float = 1.0
+    zero_point: int = 0
+
+    @staticmethod
+    def of(x: object) -> Meta | None:
+        """Of a dense CPU tensor; ``None`` for anything else."""
+        if not isinstance(x, Tensor) or x.layout != torch.strided or x.device.type != "cpu":
+            return None
+        if not x.is_quantized:
+            return Meta(tuple(x.shape), x.dtype, tuple(x.stride()))
+        if x.qscheme() != torch.per_tensor_affine:
+            return None
+        return Meta(tuple(x.shape), x.dtype, tuple(x.stride()), x.q_scale(), x.q_zero_point())
+
+
+@dataclass
+class Translation:
+    """The state of one translation.
+
+    Attributes:
+        gm: the lowered module.
+        builder: of the plan.
+        metas: what each node's value was.
+        values: the nodes that are in the plan.
+        bring: makes a plan's value of what torch computes in front of it; ``None`` where it is
+            of no use here.
+    """
+
+    gm: QuantGraphModule
+    builder: PlanBuilder
+    metas: Mapping[fx.Node, Meta]
+    bring: Callable[[fx.Node], Value | None]
+    values: dict[fx.Node, Value] = field(default_factory=dict)
+
+    def value(self, argument: object) -> Value | None:
+        """The plan's value of an argument, if it has one without a detour."""
+        return self.values.get(argument) if isinstance(argument, fx.Node) else None
+
+    def integers(self, argument: object) -> Value | None:
+        """Bytes that a kernel can read; brought into the plan where torch computed them."""
+        if not isinstance(argument, fx.Node):
+            return None
+        found = self.values.get(argument)
+        if found is None:
+            found = self.bring(argument)
+        return found if found is not None and found.dtype == torch.uint8 else None
+
+    def floats(self, argument: object) -> Value | None:
+        """Floats of the plan; dequantized now if that was put off."""
+        value = self.value(argument)
+        if value is None or value.dtype != torch.float32:
+            return None
+        source = value.bytes_of
+        if source is not None:
+            self.builder.add(
+                "dequantize", {"a": source}, value,
+                a_scale=single(source.scale), a_zero_point=source.zero_point,
+            )  # fmt: skip
+            value.bytes_of = None
+        return value
+
+    def constant(self, argument: object) -> Any:
+        """The value of a constant of the module, or the argument itself."""
+        if isinstance(argument, fx.Node):
+            if argument.op != "get_attr":
+                raise NotConstantError
+            return attribute(self.gm, str(argument.target))
+        return argument
+
+    def packed_tensors(self, argument: object, packer: str) -> tuple[list[Tensor | None], Any]:
+        """The plain tensors and options that a packed constant was made from."""
+        name = str(argument.target) if isinstance(argument, fx.Node) else ""
+        for record in self.gm.state.packs:
+            if record.name == name and record.packer == packer:
+                tensors = [attribute(self.gm, n).detach() if n else None for n in record.tensors]
+                return tensors, record.options
+        raise NotConstantError
+
+
+class NotConstantError(Exception):
+    """A kernel's constant is computed in the graph, or packed in another way."""
+
+
+Rule = Callable[[Translation, fx.Node], Value | None]
+"""Adds the steps of a node; its value, or ``None`` where torch computes the node."""
+
+
+def translate(t: Translation, node: fx.Node) -> Value | None:
+    """Add the steps of ``node`` to the plan; ``None`` where no rule knows how to."""
+    rule = RULES.get(node.target) if node.op in ("call_function", "call_method") else None
+    if rule is None:
+        return None
+    before = len(t.builder.steps)
+    try:
+        return rule(t, node)
+    except NotConstantError:
+        del t.builder.steps[before:]
+        return None
+
+
+def single(value: float) -> float:
+    """``value`` rounded to float32."""
+    return float(struct.unpack("f", struct.pack("f", value))[0])
+
+
+def divided(a: float, b: float) -> float:
+    """``a / b`` of two float32 in float32."""
+    return single(single(a) / single(b))
+
+
+def onednn_scale(scale: float) -> float:
+    """A scale as ``quantized::conv*`` hands it to oneDNN: the reciprocal of a reciprocal."""
+    return divided(1.0, 1.0 / scale)
+
+
+# Views: the same integers under another name.
+
+
+def _same(t: Translation, node: fx.Node) -> Value | None:
+    return t.value(node.args[0])
+
+
+def _as_quantized(t: Translation, node: fx.Node) -> Value | None:
+    value = t.value(node.args[0])
+    if value is None or not _numbers(node.args[1:3]):
+        return None
+    return t.builder.like(value, scale=node.args[1], zero_point=node.args[2])
+
+
+def _accumulator(t: Translation, node: fx.Node) -> Value | None:
+    value, other = t.value(node.args[0]), t.value(node.args[1])
+    if value is None or other is None or value.shape[0] != other.shape[0]:
+        return None
+    return value
+
+
+def _flatten(t: Translation, node: fx.Node) -> Value | None:
+    value, meta = t.value(node.args[0]), t.metas.get(node)
+    if value is None or meta is None or value.bytes_of is not None:
+        return None
+    n, h, w, c = value.sizes
+    if meta.shape != (n, c) or h * w != 1:
+        return None
+    return t.builder.like(value, shape=meta.shape)
+
+
+def _slice(t: Translation, value: Value, first: int, count: int) -> Value:
+    n, _, h, w = value.shape
+    return t.builder.like(
+        value, shape=(n, count, h, w), offset=value.offset + first * value.element
+    )
+
+
+def _chunk(t: Translation, node: fx.Node) -> Value | None:
+    value, meta = t.value(node.args[0]), t.metas.get(node)
+    if value is None or meta is None or len(value.shape) != 4 or node.args[2] not in (1, -3):
+        return None
+    sizes, index = node.args[1], node.args[3]
+    if not isinstance(index, int):
+        return None
+    if node.target is kernels.chunk:
+        each = -(-value.shape[1] // int(sizes))  # type: ignore[arg-type]  # an argument of fx
+        first = each * index
+    elif isinstance(sizes, int):
+        first = sizes * index
+    else:
+        first = sum(sizes[:index])  # type: ignore[index, arg-type]  # an argument of fx
+    if index < 0 or first + meta.shape[1] > value.shape[1]:
+        return None
+    return _slice(t, value, first, meta.shape[1])
+
+
+# Conversions.
+
+
+def _quantize(t: Translation, node: fx.Node) -> Value | None:
+    source, scale, zero_point, dtype = node.args[:4]
+    if dtype != torch.quint8 or not _numbers((scale, zero_point)):
+        return None
+    numbers: dict[str, Any] = {"scale": scale, "zero_point": zero_point}
+    value = t.floats(source)
+    if value is None:
+        value = t.bring(source) if isinstance(source, fx.Node) else None
+        if value is None or value.dtype != torch.float32:
+            return None
+        strides = t.metas[source].stride  # type: ignore[index]  # a node, or nothing was brought
+    else:
+        _, h, w, _ = value.sizes
+        strides = (h * w * value.pixel, 1, w * value.pixel, value.pixel)
+        if len(value.shape) != 4:
+            strides = (value.pixel, 1)
+    if len(value.shape) == 4:
+        stride_n, stride_c, stride_h, stride_w = strides
+    elif len(value.shape) == 2:
+        stride_n, stride_c, stride_h, stride_w = strides[0], strides[1], 0, 0
+    else:
+        return None
+    _, _, w, c = value.sizes
+    # Images with few channels get four bytes a pixel, so that kernels load them at once.
+    few = len(value.shape) == 4 and c < 4 and stride_w == 1 and w > 1
+    out = t.builder.value(value.shape, torch.uint8, pixel=4 if few else None, **numbers)
+    return t.builder.add(
+        "quantize", {"a": value}, out,
+        stride_n=stride_n, stride_c=stride_c, stride_h=stride_h, stride_w=stride_w,
+        inverse=divided(1.0, scale), zero_point=zero_point,  # type: ignore[arg-type]  # numbers
+    )  # fmt: skip
+
+
+def _dequantize(t: Translation, node: fx.Node) -> Value | None:
+    value = t.value(node.args[0])
+    if value is None or value.dtype != torch.uint8:
+        return None
+    made = t.builder.value(value.shape, torch.float32)
+    made.bytes_of = value
+    return made
+
+
+# Convolutions and linears.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Product:
+    """A convolution or a linear, in numbers."""
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    stride: Sequence[int] = (1, 1)
+    padding: Sequence[int] = (0, 0)
+    dilation: Sequence[int] = (1, 1)
+    groups: int = 1
+    in_scale: float
+    scale: float
+    inverse: float
+    zero_point: int
+    to_float: bool = False
+    activation: int = 0
+    low: float = 0.0
+    alpha: float = 0.0
+    beta: float = 0.0
+    fbgemm: bool = False
+    other: Value | None = None
+    other_scale: float = 0.0
+    other_zero_point: int = 0
+
+
+def _add_product(t: Translation, node: fx.Node, x: Value | None, p: _Product) -> Value | None:
+    meta = t.metas.get(node)
+    if x is None or meta is None or p.activation < 0 or p.weight.dim() not in (2, 4):
+        return None
+    weight = p.weight.contiguous()
+    outputs, inputs = weight.shape[:2]
+    window = tuple(weight.shape[2:]) or (1, 1)
+    depthwise = inputs == 1 and p.groups == outputs and p.groups > 1
+    if depthwise and (p.fbgemm or p.to_float or any(
+        size > limit for size, limit in zip(window, _DEPTHWISE_LIMIT, strict=True)
+    )):  # fmt: skip
+        return None
+    if p.groups > 1 and not depthwise and outputs // p.groups < 4:
+        return None  # few outputs share a row of inputs: torch has better kernels
+    if p.fbgemm and p.activation:
+        return None
+    dtype = torch.float32 if p.to_float else torch.uint8
+    out = t.builder.value(meta.shape, dtype, scale=p.scale, zero_point=p.zero_point)
+    scale = p.weight_scale.reshape(-1).to(torch.float32).expand(outputs).contiguous()
+    bias = None if p.bias is None else p.bias.to(torch.float32).contiguous()
+    reads = {"in_": x} if p.other is None else {"in_": x, "other": p.other}
+    return t.builder.add(
+        "convolution", reads, out, (weight, scale, *([] if bias is None else [bias])),
+        weight=weight.data_ptr(), weight_scale=scale.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        has_other=p.other is not None, groups=p.groups,
+        kernel_h=window[0], kernel_w=window[1], stride_h=p.stride[0], stride_w=p.stride[1],
+        padding_h=p.padding[0], padding_w=p.padding[1],
+        dilation_h=p.dilation[0], dilation_w=p.dilation[1],
+        fbgemm=p.fbgemm, to_float=p.to_float, activation=p.activation,
+        in_zero_point=x.zero_point, depthwise=depthwise,
+        in_scale=p.in_scale, inverse=p.inverse, zero_point=p.zero_point, out_scale=p.scale,
+        low=p.low, high=255.0, alpha=p.alpha, beta=p.beta,
+        other_scale=p.other_scale, other_zero_point=p.other_zero_point,
+    )  # fmt: skip
+
+
+def _packed_conv(relu: bool) -> Rule:
+    def rule(t: Translation, node: fx.Node) -> Value | None:
+        source, packed, scale, zero_point = node.args[:4]
+        if not _numbers((scale, zero_point)):
+            return None
+        tensors, options = t.packed_tensors(packed, "conv")
+        weight, weight_scale, weight_zero, bias = tensors
+        dimensions, stride, padding, dilation, groups, engine = options
+        if dimensions != 2 or _asymmetric(weight_zero):
+            return None
+        x = t.integers(source)
+        if x is None:
+            return None
+        fbgemm = engine == "fbgemm"
+        out_scale = float(scale)  # type: ignore[arg-type]  # a number
+        return _add_product(t, node, x, _Product(
+            weight=weight, weight_scale=weight_scale, bias=bias,  # type: ignore[arg-type]  # there
+            stride=stride, padding=padding, dilation=dilation, groups=groups,
+            in_scale=single(x.scale) if fbgemm else onednn_scale(x.scale),
+            scale=out_scale, inverse=divided(1.0, onednn_scale(out_scale)),
+            zero_point=zero_point, low=float(zero_point) if relu else 0.0,  # type: ignore[arg-type]
+            fbgemm=fbgemm,
+        ))  # fmt: skip
+
+    return rule
+
+
+def _packed_linear(relu: bool) -> Rule:
+    def rule(t: Translation, node: fx.Node) -> Value | None:
+        source, packed, scale, zero_point = node.args[:4]
+        if not _numbers((scale, zero_point)):
+            return None
+        tensors, (engine,) = t.packed_tensors(packed, "linear")
+        weight, weight_scale, weight_zero, bias = tensors
+        x = t.integers(source)
+        if engine != "fbgemm" or _asymmetric(weight_zero) or x is None or len(x.shape) == 4:
+            return None
+        return _add_product(t, node, x, _Product(
+            weight=weight, weight_scale=weight_scale, bias=bias,  # type: ignore[arg-type]  # there
+            in_scale=single(x.scale), scale=float(scale), inverse=1.0,  # type: ignore[arg-type]
+            zero_point=zero_point, low=float(zero_point) if relu else 0.0,  # type: ignore[arg-type]
+            fbgemm=True,
+        ))  # fmt: skip
+
+    return rule
+
+
+def _activation(name: object, arguments: Sequence[Any]) -> dict[str, Any]:
+    bounds = (
+        {"alpha": float(arguments[0]), "beta": float(arguments[1])} if name == "hardtanh" else {}
+    )
+    if name == "swish" and arguments and arguments[0] != 1.0:
+        return {"activation": -1}
+    return {"activation": _ACTIVATIONS.get(str(name), -1), **bounds}
+
+
+def _pointwise_result(scale: float, zero_point: int, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "scale": scale,
+        "inverse": divided(1.0, scale),
+        "zero_point": zero_point,
+        "to_float": dtype == torch.float32,
+    }
+
+
+def _onednn_conv(t: Translation, node: fx.Node) -> Value | None:
+    (source, in_scale, in_zero, packed, weight_scale, weight_zero, bias, stride, padding, dilation,
+     groups, scale, zero_point, dtype, post, post_arguments, _) = node.args  # fmt: skip
+    if dtype not in (torch.float32, torch.uint8) or not _numbers((in_scale, in_zero, scale)):
+        return None
+    (weight, *_), _ = t.packed_tensors(packed, "onednn-conv")
+    x = t.integers(source)
+    if x is None or weight is None or weight.dim() != 4 or _asymmetric(t.constant(weight_zero)):
+        return None
+    x = t.builder.like(x, scale=in_scale, zero_point=in_zero)
+    return _add_product(t, node, x, _Product(
+        weight=weight, weight_scale=t.constant(weight_scale), bias=t.constant(bias),
+        stride=stride, padding=padding, dilation=dilation, groups=groups,  # type: ignore[arg-type]
+        in_scale=single(in_scale), **_pointwise_result(scale, zero_point, dtype),  # type: ignore[arg-type]
+        **_activation(post, post_arguments),  # type: ignore[arg-type]  # arguments of fx
+    ))  # fmt: skip
+
+
+def _onednn_sum(t: Translation, node: fx.Node) -> Value | None:
+    (source, in_scale, in_zero, packed, weight_scale, weight_zero, other, bias, stride, padding,
+     dilation, groups, scale, zero_point, dtype, other_scale, other_zero, attribute_, alpha, post,
+     post_arguments, _) = node.args  # fmt: skip
+    if dtype != torch.uint8 or attribute_ != "sum" or alpha != 1.0:
+        return None
+    if not _numbers((in_scale, in_zero, scale, zero_point, other_scale, other_zero)):
+        return None
+    (weight, *_), _ = t.packed_tensors(packed, "onednn-conv")
+    x, added = t.integers(source), t.value(other)
+    if x is None or added is None or weight is None or weight.dim() != 4:
+        return None
+    if _asymmetric(t.constant(weight_zero)):
+        return None
+    x = t.builder.like(x, scale=in_scale, zero_point=in_zero)
+    return _add_product(t, node, x, _Product(
+        weight=weight, weight_scale=t.constant(weight_scale), bias=t.constant(bias),
+        stride=stride, padding=padding, dilation=dilation, groups=groups,  # type: ignore[arg-type]
+        in_scale=single(in_scale), **_pointwise_result(scale, zero_point, dtype),  # type: ignore[arg-type]
+        **_activation(post, post_arguments),  # type: ignore[arg-type]  # arguments of fx
+        other=added, other_scale=single(other_scale), other_zero_point=other_zero,  # type: ignore[arg-type]
+    ))  # fmt: skip
+
+
+def _onednn_linear(t: Translation, node: fx.Node) -> Value | None:
+    (source, in_scale, in_zero, packed, weight_scale, weight_zero, bias, scale, zero_point, dtype,
+     post, post_arguments, _) = node.args  # fmt: skip
+    if dtype not in (torch.float32, torch.uint8) or not _numbers((in_scale, in_zero, scale)):
+        return None
+    (weight, *_), _ = t.packed_tensors(packed, "onednn-linear")
+    x = t.integers(source)
+    if x is None or weight is None or len(x.shape) == 4 or _asymmetric(t.constant(weight_zero)):
+        return None
+    x = t.builder.like(x, scale=in_scale, zero_point=in_zero)
+    return _add_product(t, node, x, _Product(
+        weight=weight, weight_scale=t.constant(weight_scale), bias=t.constant(bias),
+        in_scale=single(in_scale), **_pointwise_result(scale, zero_point, dtype),  # type: ignore[arg-type]
+        **_activation(post, post_arguments),  # type: ignore[arg-type]  # arguments of fx
+    ))  # fmt: skip
+
+
+# Pooling.
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    return (value[0], value[0]) if len(value) == 1 else (value[0], value[1])
+
+
+def _window(kernel: Any, stride: Any, padding: Any, dilation: Any) -> dict[str, Any]:
+    stride = kernel if stride is None or stride == [] else stride
+    names = ("kernel", "window_stride", "padding", "dilation")
+    return {
+        f"{name}_{axis}": size
+        for name, value in zip(names, (kernel, stride, padding, dilation), strict=True)
+        for axis, size in zip("hw", _pair(value), strict=True)
+    }
+
+
+def _max_pool(t: Translation, node: fx.Node) -> Value | None:
+    names = ("kernel_size", "stride", "padding", "dilation")
+    given = dict(zip(names, node.args[1:5], strict=False)) | dict(node.kwargs)
+    value, meta = t.value(node.args[0]), t.metas.get(node)
+    if value is None or meta is None or value.dtype != torch.uint8 or len(value.shape) != 4:
+        return None
+    window = _window(
+        given["kernel_size"], given.get("stride"), given.get("padding", 0), given.get("dilation", 1)
+    )
+    out = t.builder.value(meta.shape, torch.uint8, scale=value.scale, zero_point=value.zero_point)
+    return t.builder.add("max_pool", {"a": value}, out, **window)
+
+
+def _average_pool(t: Translation, node: fx.Node) -> Value | None:
+    _, kernel, stride, padding, _, count_padding, divisor = node.args
+    value, meta = t.value(node.args[0]), t.metas.get(node)
+    if value is None or meta is None or value.dtype != torch.uint8 or len(value.shape) != 4:
+        return None
+    out = t.builder.value(meta.shape, torch.uint8, scale=value.scale, zero_point=value.zero_point)
+    return t.builder.add(
+        "average_pool", {"a": value}, out,
+        **_window(kernel, stride, padding, 1), count_padding=bool(count_padding),
+        divisor=divisor or 0, a_zero_point=value.zero_point,
+    )  # fmt: skip
+
+
+def _global_mean(t: Translation, node: fx.Node) -> Value | None:
+    value, meta = t.value(node.args[0]), t.metas.get(node)
+    if value is None or meta is None or len(value.shape) != 4 or value.dtype != torch.float32:
+        return None
+    if len(meta.shape) == 4:
+        if meta.shape[2:] != (1, 1):
+            return None
+    elif len(meta.shape) != 2 or not _over_pixels(node):
+        return None
+    source = value if value.bytes_of is None else value.bytes_of
+    out = t.builder.value(meta.shape, torch.float32)
+    return t.builder.add(
+        "global_mean", {"a": source}, out, from_bytes=value.bytes_of is not None,
+        a_scale=single(source.scale), a_zero_point=source.zero_point,
+    )  # fmt: skip
+
+
+def _over_pixels(node: fx.Node) -> bool:
+    axes = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    return isinstance(axes, (list, tuple)) and sorted(int(a) % 4 for a in axes) == [2, 3]
+
+
+# Element-wise.
+
+
+def _add_integers(low: bool) -> Rule:
+    def rule(t: Translation, node: fx.Node) -> Value | None:
+        operands = _operands(t, node)
+        if operands is None:
+            return None
+        a, b, out = operands
+        return t.builder.add(
+            "add", {"a": a, "b": b}, out,
+            a_scale=single(a.scale), a_zero_point=a.zero_point,
+            b_scale=single(b.scale), b_zero_point=b.zero_point,
+            inverse=divided(1.0, out.scale), zero_point=out.zero_point,
+            low=out.zero_point if low else 0,
+        )  # fmt: skip
+
+    return rule
+
+
+def _multiply(low: bool) -> Rule:
+    def rule(t: Translation, node: fx.Node) -> Value | None:
+        operands = _operands(t, node)
+        if operands is None:
+            return None
+        a, b, out = operands
+        both = single(single(a.scale) * single(b.scale))
+        return t.builder.add(
+            "multiply", {"a": a, "b": b}, out,
+            a_zero_point=a.zero_point, b_zero_point=b.zero_point,
+            multiplier=single(both * divided(1.0, out.scale)), zero_point=out.zero_point,
+            low=out.zero_point if low else 0,
+        )  # fmt: skip
+
+    return rule
+
+
+def _operands(t: Translation, node: fx.Node) -> tuple[Value, Value, Value] | None:
+    first, second, scale, zero_point = node.args[:4]
+    a, b, meta = t.integers(first), t.integers(second), t.metas.get(node)
+    if a is None or b is None or meta is None or not _numbers((scale, zero_point)):
+        return None
+    for operand in (a, b):  # whole, or one pixel for each image
+        whole = operand.shape == meta.shape
+        one = len(meta.shape) == 4 and operand.shape == (*meta.shape[:2], 1, 1)
+        if not (whole or one):
+            return None
+    numbers: dict[str, Any] = {"scale": scale, "zero_point": zero_point}
+    return a, b, t.builder.value(meta.shape, torch.uint8, **numbers)
+
+
+def _batch_norm(low: bool) -> Rule:
+    def rule(t: Translation, node: fx.Node) -> Value | None:
+        source, weight, bias, mean, variance, eps, scale, zero_point = node.args
+        value = t.value(source)
+        if value is None or len(value.shape) != 4 or not _numbers((eps, scale, zero_point)):
+            return None
+        gamma, beta, mu, var = (t.constant(c) for c in (weight, bias, mean, variance))
+        if gamma is None or beta is None:
+            return None
+        # In the kernel's order: float32, and the scales in double. (torch.sqrt is not correctly
+        # rounded in float32; the kernel's is.)
+        deviation = torch.sqrt((var.detach() + eps).double()).float()
+        inverse = (1.0 / deviation.double()).float()
+        factor = ((inverse * gamma.detach()).double() * (value.scale / float(scale))).float()  # type: ignore[arg-type]  # a number
+        shift = beta.detach() - mu.detach() * inverse * gamma.detach()
+        term = (shift.double() / float(scale)).float()  # type: ignore[arg-type]  # a number
+        numbers: dict[str, Any] = {"scale": scale, "zero_point": zero_point}
+        out = t.builder.value(value.shape, torch.uint8, **numbers)
+        return t.builder.add(
+            "channel_affine", {"a": value}, out, (factor, term),
+            table=factor.data_ptr(), term=term.data_ptr(), a_zero_point=value.zero_point,
+            zero_point=zero_point, low=zero_point if low else 0,
+        )  # fmt: skip
+
+    return rule
+
+
+def _float_map(name: str) -> Rule:
+    def rule(t: Translation, node: fx.Node) -> Value | None:
+        if any(name not in ("inplace",) for name in node.kwargs):
+            return None
+        a = t.floats(node.args[0])
+        b = t.floats(node.args[1]) if name == "add" and len(node.args) > 1 else a
+        if a is None or b is None or a.shape != b.shape:
+            return None
+        address = exponential() if name == "sigmoid" else None
+        if name == "sigmoid" and address is None:
+            return None
+        out = t.builder.value(a.shape, torch.float32)
+        return t.builder.add(
+            "float_map", {"a": a, "b": b}, out, function=_FLOAT_FUNCTIONS[name], exp16=address
+        )
+
+    return rule
+
+
+# Movement.
+
+
+def _cat(t: Translation, node: fx.Node) -> Value | None:
+    parts = node.args[0]
+    axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    meta = t.metas.get(node)
+    if not isinstance(parts, (list, tuple)) or meta is None or len(meta.shape) != 4:
+        return None
+    values = [t.value(part) for part in parts]
+    if axis not in (1, -3) or any(v is None or v.dtype != torch.uint8 for v in values):
+        return None
+    known = [v for v in values if v is not None]
+    out = t.builder.value(
+        meta.shape, torch.uint8, scale=known[0].scale, zero_point=known[0].zero_point
+    )
+    channel = 0
+    for value in known:
+        part = _slice(t, out, channel, value.shape[1])
+        if not _move_into(t, value, part):
+            t.builder.add("copy", {"a": value}, part, element=1)
+        channel += value.shape[1]
+    return out
+
+
+def _move_into(t: Translation, value: Value, place: Value) -> bool:
+    """Let whoever computes ``value`` write it into ``place``, if nothing else shares its memory."""
+    buffer = value.buffer
+    if buffer.slot or value.offset or value.pixel != value.shape[1] or value.pixel < 4:
+        return False
+    if buffer.size != value.pixel * value.shape[0] * value.shape[2] * value.shape[3]:
+        return False
+    views = {
+        id(v): v
+        for step in t.builder.steps
+        for v in (*step.reads.values(), step.out)
+        if v.buffer is buffer
+    }
+    views.update({id(v): v for v in t.values.values() if v.buffer is buffer})
+    views[id(value)] = value
+    if any(v.pixel != value.pixel or v.shape != value.shape for v in views.values()):
+        return False
+    for view in views.values():
+        view.buffer, view.offset, view.pixel = place.buffer, place.offset, place.pixel
+    return True
+
+
+def _channel_shuffle(t: Translation, node: fx.Node) -> Value | None:
+    value, groups = t.value(node.args[0]), node.args[1]
+    if value is None or value.dtype != torch.uint8 or not isinstance(groups, int):
+        return None
+    channels = value.shape[1]
+    source = torch.arange(channels, dtype=torch.int32).reshape(groups, -1).T.contiguous()
+    out = t.builder.value(value.shape, torch.uint8, scale=value.scale, zero_point=value.zero_point)
+    return t.builder.add("copy", {"a": value}, out, (source,), element=1, table=source.data_ptr())
+
+
+def _lookup(t: Translation, node: fx.Node) -> Value | None:
+    value = t.value(node.args[0])
+    table = t.constant(node.args[1])
+    if value is None or value.dtype != torch.uint8:
+        return None
+    table = table.contiguous()
+    out = t.builder.value(value.shape, torch.uint8)
+    return t.builder.add("lookup", {"a": value}, out, (table,), table=table.data_ptr())
+
+
+def _numbers(arguments: Sequence[object]) -> bool:
+    return all(isinstance(a, (int, float)) for a in arguments)
+
+
+def _asymmetric(zero_point: Tensor | None) -> bool:
+    return zero_point is not None and bool((zero_point != 0).any())
+
+
+_Q: Final = torch.ops.quantized
+_O: Final = torch.ops.onednn
+
+RULES: Final[Mapping[Any, Rule]] = {
+    kernels.checked_input: _same,
+    kernels.as_bytes: _same,
+    kernels.as_quantized: _as_quantized,
+    kernels.accumulator: _accumulator,
+    kernels.chunk: _chunk,
+    kernels.split: _chunk,
+    kernels.lookup: _lookup,
+    torch.flatten: _flatten,
+    torch.quantize_per_tensor: _quantize,
+    torch.dequantize: _dequantize,
+    _Q.conv2d.new: _packed_conv(relu=False),
+    _Q.conv2d_relu.new: _packed_conv(relu=True),
+    _Q.linear.default: _packed_linear(relu=False),
+    _Q.linear_relu.default: _packed_linear(relu=True),
+    _O.qconv_pointwise.default: _onednn_conv,
+    _O.qconv2d_pointwise.binary: _onednn_sum,
+    _O.qlinear_pointwise.default: _onednn_linear,
+    torch.max_pool2d: _max_pool,
+    F.max_pool2d: _max_pool,
+    engine_free.avg_pool2d: _average_pool,
+    F.adaptive_avg_pool2d: _global_mean,
+    torch.mean: _global_mean,
+    "mean": _global_mean,
+    _Q.add.default: _add_integers(low=False),
+    _Q.add_relu.default: _add_integers(low=True),
+    _Q.mul.default: _multiply(low=False),
+    _Q.mul_relu.default: _multiply(low=True),
+    _Q.batch_norm2d.default: _batch_norm(low=False),
+    _Q.batch_norm2d_relu.default: _batch_norm(low=True),
+    F.relu: _float_map("relu"),
+    torch.relu: _float_map("relu"),
+    F.hardsigmoid: _float_map("hardsigmoid"),
+    torch.sigmoid: _float_map("sigmoid"),
+    operator.add: _float_map("add"),
+    torch.add: _float_map("add"),
+    torch.cat: _cat,
+    torch.channel_shuffle: _channel_shuffle,
+}
+"""What a node calls -> the rule that adds its steps."""
