@@ -7,7 +7,7 @@ import io
 import pickle
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from fxquant.engines import available, engine
 from fxquant.graph_module import QuantGraphModule
+from fxquant.kernel_table import KernelTable
+from fxquant.kernel_tasks import FLOATS, Task
+from fxquant.pairing import POINTWISE
 from fxquant.qconfig import default_dynamic_qconfig, default_qconfig
 from fxquant.quantize_fx import convert_fx, prepare_fx
 
@@ -88,14 +91,34 @@ def _rows(count: int) -> list[Tensor]:
 Make = Callable[[], tuple[QuantGraphModule, list[Tensor]]]
 
 
+class Chosen(KernelTable):
+    """As if one kernel had been the fastest wherever it can run."""
+
+    def __init__(self, kernel: str) -> None:
+        super().__init__(None)
+        self.kernel = kernel
+
+    def measure(self, work: Iterable[tuple[Task, Sequence[str]]]) -> int:
+        """Nothing is timed."""
+        return len(list(work))
+
+    def task(self, task: Task, kernels: Sequence[str]) -> dict[str, float]:
+        """Seconds of the kernels; FP32 is the slowest."""
+        return dict.fromkeys(FLOATS, 3.0) | {k: 1.0 if k == self.kernel else 2.0 for k in kernels}
+
+
 def _converted(
-    model: nn.Module, inputs: list[Tensor], mapping: Any = None, target: str = "x86"
+    model: nn.Module,
+    inputs: list[Tensor],
+    mapping: Any = None,
+    target: str = "x86",
+    kernel: str = "",
 ) -> QuantGraphModule:
     prepared = prepare_fx(model.eval(), mapping, (inputs[0],), target=target)
     with torch.no_grad():
         for x in inputs[:4]:
             prepared(x)
-    return convert_fx(prepared)
+    return convert_fx(prepared, tune=Chosen(kernel) if kernel else False)
 
 
 def _case(
@@ -115,6 +138,8 @@ CASES: dict[str, Make] = {
     "perceptron": _case(Perceptron, _rows),
     "per tensor": _case(Residual, _images, mapping={"": default_qconfig}),
     "dynamic": _case(Perceptron, _rows, mapping={"": default_dynamic_qconfig}),
+    "oneDNN's own": _case(Residual, _images, kernel=POINTWISE),
+    "linears of oneDNN": _case(Perceptron, _rows, kernel="onednn"),
 }
 if available("qnnpack"):  # which packs its weights again at the first call, for the input's scale
     CASES["qnnpack"] = _case(Residual, _images, target="qnnpack")
