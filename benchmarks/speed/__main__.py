@@ -20,9 +20,9 @@ import torch
 
 from benchmarks.networks import apart
 from benchmarks.speed.coordinator import Plan, measure
-from benchmarks.speed.peers import BY_NAME, PEERS, Peer
-from benchmarks.speed.report import chart, markdown, put_between_markers
-from benchmarks.speed.results import Table, read_tables, write_tables
+from benchmarks.speed.peers import BY_NAME, Peer
+from benchmarks.speed.report import draw, markdown, put_between_markers
+from benchmarks.speed.results import Table, Tables, read_tables, write_tables
 from benchmarks.speed.workloads import MEASURED, NETWORKS, ensure
 from fxquant.errors import did_you_mean
 from fxquant.machine import instruction_sets
@@ -34,7 +34,7 @@ _PACKAGES: Final = (
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, and write what the output folder lacks."""
+    """Measure, and write after every network what is known by then."""
     options = _parser().parse_args(arguments)
     plan = QUICK if options.quick else Plan()
     plan = plan if options.runs is None else replace(plan, runs=options.runs)
@@ -42,17 +42,26 @@ def main(arguments: list[str] | None = None) -> None:
     for network in options.networks:
         for threads in options.threads:
             table = measured(network, peers, threads, plan, options.output)
-            tables = {
-                **read_tables(options.output / "results.json"),
-                (network, threads): table,
-            }
-            write_tables(options.output / "results.json", tables)
-            (options.output / "results.md").write_text(f"# Speed\n\n{markdown(tables)}")
             print(markdown({(network, threads): table}), flush=True)
-    _draw(options.output)
+            keep(table, options.output)
     if options.page is not None:
-        tables = read_tables(options.output / "results.json")
-        put_between_markers(options.page, markdown(tables))
+        publish(options.output, options.page)
+
+
+def keep(table: Table, output: Path) -> None:
+    """Add a table to what is in ``output``: ``results.json``, ``results.md``, ``results-N.svg``."""
+    found = {**read_tables(output / "results.json"), (table.network, table.threads): table}
+    write_tables(output / "results.json", found)
+    _draw(found, output / "results")
+    (output / "results.md").write_text(f"# Speed\n\n{markdown(found, output / 'results')}")
+
+
+def publish(output: Path, page: Path) -> None:
+    """Put everything in ``output`` on a page; its JSON and charts lie beside it."""
+    found = read_tables(output / "results.json")
+    write_tables(page.with_suffix(".json"), found)
+    _draw(found, page.with_suffix(""))
+    put_between_markers(page, markdown(found, page.with_suffix("")))
 
 
 def measured(network: str, peers: list[Peer], threads: int, plan: Plan, output: Path) -> Table:
@@ -76,17 +85,11 @@ def _say(line: str) -> None:
     sys.stderr.flush()
 
 
-def _draw(output: Path) -> None:
-    tables = read_tables(output / "results.json")
-    for threads in sorted({threads for _, threads in tables}):
-        try:
-            chart(
-                {key: table for key, table in tables.items() if key[1] == threads},
-                output / f"speed-{threads}.svg",
-            )
-        except ModuleNotFoundError as error:
-            _say(f"no chart: {error.name} is not installed (pip install 'fxquant[bench]')")
-            return
+def _draw(tables: Tables, pictures: Path) -> None:
+    try:
+        draw(tables, pictures)
+    except ModuleNotFoundError as error:
+        _say(f"no chart: {error.name} is not installed (pip install 'fxquant[bench]')")
 
 
 def _version(package: str) -> str:
@@ -104,21 +107,36 @@ def _processor() -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
-    parser.add_argument("--networks", type=_names(NETWORKS), default=list(MEASURED), metavar="A,B")
-    parser.add_argument(
-        *("--peers",), type=_names(BY_NAME), default=[peer.name for peer in PEERS], metavar="A,B"
+    add = parser.add_argument
+    add(
+        "--networks",
+        type=_names(NETWORKS),
+        default=list(MEASURED),
+        metavar="A,B",
+        help=f"of {', '.join(NETWORKS)}; empty measures nothing, to write a page only",
     )
-    parser.add_argument("--runs", type=int, help="each gives one figure per peer; default 5")
-    parser.add_argument("--threads", type=_numbers, default=_all_threads(), metavar="1,2")
-    parser.add_argument("--quick", action="store_true", help="2 short runs: to see that it works")
-    parser.add_argument("--output", type=Path, default=Path("build/speed"), metavar="FOLDER")
-    parser.add_argument("--page", type=Path, help="a Markdown file: put the tables into it")
+    add(
+        "--peers",
+        type=_names(BY_NAME),
+        default=list(BY_NAME),
+        metavar="A,B",
+        help=f"of {', '.join(BY_NAME)}",
+    )
+    add("--runs", type=_positive, help="each gives one figure per peer; default 5")
+    add("--threads", type=_numbers, default=_all_threads(), metavar="1,2")
+    add("--quick", action="store_true", help="2 short runs: to see that it works")
+    add("--output", type=Path, default=Path("build/speed"), metavar="FOLDER")
+    add(
+        "--page",
+        type=Path,
+        help="a Markdown file to put all tables of FOLDER into, such as docs/benchmarks.md",
+    )
     return parser
 
 
 def _names(known: Collection[str]) -> Callable[[str], list[str]]:
     def names(text: str) -> list[str]:
-        chosen = text.split(",")
+        chosen = [name for name in text.split(",") if name]
         for name in chosen:
             if name not in known:
                 raise argparse.ArgumentTypeError(
@@ -127,6 +145,12 @@ def _names(known: Collection[str]) -> Callable[[str], list[str]]:
         return chosen
 
     return names
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
 
 
 def _numbers(text: str) -> list[int]:

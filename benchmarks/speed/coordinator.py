@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -205,7 +206,8 @@ def _take_turns(members: list[Member], plan: Plan, say: Say) -> dict[str, list[l
 
 def _turn(member: Member, seconds: float) -> Slice | None:
     time.sleep(_PAUSE)
-    member.channel.send(seconds)
+    with suppress(BrokenPipeError):  # it has died; what it left is heard below
+        member.channel.send(seconds)
     found = member.hear(seconds + _SLOWEST_TURN)
     return found if isinstance(found, Slice) else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +24,7 @@ _OTHERS: Final[Mapping[str, tuple[str, ...]]] = {
     "FP32 eager": ("eager",),
     "FP32 torch.compile": ("compile",),
 }
+_BIT: Final = 6.0  # dB
 _COLOURS: Final = {
     "ours": "tab:red",
     "eager": "tab:gray",
@@ -34,8 +36,13 @@ _COLOURS: Final = {
 }
 
 
-def markdown(tables: Tables, heading: str = "##") -> str:
-    """Everything: the machine, the ratios, then a table for every network."""
+def markdown(tables: Tables, pictures: Path | None = None) -> str:
+    """Everything: the machine, the ratios, then a table for every network.
+
+    Args:
+        tables: what was measured.
+        pictures: file name, without its end, of the charts to link: those that exist.
+    """
     if not tables:
         return "Nothing has been measured.\n"
     parts = [_machine(tables.values())]
@@ -43,12 +50,14 @@ def markdown(tables: Tables, heading: str = "##") -> str:
         chosen = [table for table in tables.values() if table.threads == threads]
         cores = "one core" if threads == 1 else f"{threads} cores"
         parts.append(
-            f"{heading} Ratios on {cores}\n\nTime of fxquant over time of the other: median"
+            f"## Ratios on {cores}\n\nTime of fxquant over time of the other: median"
             f" [smallest, largest run].\n\n{_summary(chosen)}\n\nThe same of the fastest calls,"
             f" which other work on the machine disturbs less:\n\n{_summary(chosen, fastest=True)}"
         )
-        parts += [f"{heading}# {t.network}, {cores}\n\n{_details(t)}" for t in chosen]
-    parts.append(f"{heading} Settings\n\n{_settings(tables.values())}")
+        if pictures is not None and (drawn := picture_of(pictures, threads)).exists():
+            parts.append(f"![Milliseconds of a call on {cores}]({drawn.name})")
+        parts += [f"### {t.network}, {cores}\n\n{_details(t)}" for t in chosen]
+    parts.append(f"## Settings\n\n{_settings(tables.values())}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -74,12 +83,26 @@ def _summary(tables: Sequence[Table], *, fastest: bool = False) -> str:
         ours = next((n for n in _OURS if n in table.rows and table.rows[n].medians), _OURS[-1])
         cells = [table.network, BY_NAME[ours].label]
         for names in _OTHERS.values():
-            other = table.fastest(names)
+            other = table.fastest(right(table, names))
             named = f" ({other.removeprefix('torch-ao-')})" if other in _TORCH_AO else ""
             ratio = None if other is None else table.ratio(ours, other, fastest=fastest)
             cells.append(_ratio(ratio) + named)
         rows.append(cells)
     return _grid(["network", "ours", *_OTHERS], rows)
+
+
+def right(table: Table, names: Sequence[str]) -> list[str]:
+    """Those of ``names`` that took part and are no more than a bit, 6 dB, behind the best of them.
+
+    So an engine whose arithmetic saturates cannot stand for torch.ao because it is fast.
+    """
+    noise = {name: table.rows[name].built for name in names if name in table.rows}
+    found = {
+        name: math.inf if built.sqnr is None else built.sqnr
+        for name, built in noise.items()
+        if built is not None
+    }
+    return [name for name in found if found[name] >= max(found.values()) - _BIT]
 
 
 def _details(table: Table) -> str:
@@ -143,24 +166,35 @@ def put_between_markers(page: Path, text: str) -> None:
     page.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
 
 
-def chart(tables: Tables, path: Path) -> None:
-    """Bars of milliseconds, a panel for every network, with the interval of the runs.
+def picture_of(pictures: Path, threads: int) -> Path:
+    """The chart for so many threads."""
+    return pictures.with_name(f"{pictures.name}-{threads}.svg")
+
+
+def draw(tables: Tables, pictures: Path) -> None:
+    """A chart for every number of threads: bars of milliseconds, a panel for every network.
+
+    Whiskers are the smallest and the largest run.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
+    import matplotlib
     from matplotlib.figure import Figure
 
-    columns = min(3, len(tables))
-    lines = -(-len(tables) // columns)
-    figure = Figure(figsize=(5.2 * columns, 3.6 * lines), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).flat
-    for panel, table in zip(panels, tables.values(), strict=False):
-        _panel(panel, table)
-    for panel in list(figure.axes)[len(tables) :]:
-        panel.set_axis_off()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    for threads in sorted({threads for _, threads in tables}):
+        chosen = [table for table in tables.values() if table.threads == threads]
+        columns = min(3, len(chosen))
+        lines = -(-len(chosen) // columns)
+        figure = Figure(figsize=(5.2 * columns, 3.6 * lines), layout="constrained")
+        panels = figure.subplots(lines, columns, squeeze=False).flatten()
+        for panel, table in zip(panels, chosen, strict=False):
+            _panel(panel, table)
+        for panel in panels[len(chosen) :]:
+            panel.set_axis_off()
+        # The same tables give the same file, with text as text.
+        with matplotlib.rc_context({"svg.hashsalt": "speed", "svg.fonttype": "none"}):
+            figure.savefig(picture_of(pictures, threads), metadata={"Date": None})
 
 
 def _panel(panel: Any, table: Table) -> None:

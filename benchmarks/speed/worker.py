@@ -70,7 +70,7 @@ def set_up(name: str, folder: Path, threads: int, cpus: Iterable[int]) -> tuple[
     pin(cpus)  # threads of the runtime, should it have chosen cores itself
     built = Built(
         settings=ready.settings,
-        sqnr=None if math.isinf(sqnr) else sqnr,
+        sqnr=None if sqnr == math.inf else sqnr,
         agreement=agreement,
         seconds=time.perf_counter() - start,
     )

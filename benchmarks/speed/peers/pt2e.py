@@ -23,7 +23,9 @@ def prepare(job: Job) -> Load:
     quantizer.set_global(get_default_x86_inductor_quantization_config(is_dynamic=workload.dynamic))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the peer
-        exported = torch.export.export(workload.model, (workload.example,)).module()
+        # Strict, as else a module that is called twice (the ReLUs of ResNets) is one partition to
+        # the quantizer, which then refuses the network.
+        exported = torch.export.export(workload.model, (workload.example,), strict=True).module()
         prepared = prepare_pt2e(exported, quantizer)
         for row in workload.calibration[: 1 if workload.dynamic else None]:
             prepared(row[None])
