@@ -7,153 +7,86 @@ and inputs noise, so the table says what is quantized and that it computes the s
 from __future__ import annotations
 
 import argparse
+import re
+import sys
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from benchmarks.brought import MODELS, Brought
 from fxquant.calibration import calibrate
 from fxquant.explain import explain
 from fxquant.models_zoo import metrics
-from fxquant.models_zoo.torchvision_import import import_torchvision
 from fxquant.op_rows import OpRow, Runs
 from fxquant.qconfig import default_dynamic_qconfig
 from fxquant.qconfig_mapping import get_default_qconfig_mapping
 from fxquant.quantize_fx import convert_fx, prepare_fx
+from fxquant.shapes import as_arguments
 
-HEADERS = (
+HEADERS: Final = (
     *("model", "MACs in int8, %", "of linear and conv, %", "SQNR, dB"),
     "products in FP32",
 )
-_WEIGHTED: Final = (
-    *("linear", "lstm"),
+REASONS: Final = ("op in FP32", "in models", "why, most often")
+WEIGHTED: Final = (
+    *("linear", "addmm", "lstm"),  # transformers spells linears addmm in places
     *(f"{name}{d}d" for name in ("conv", "conv_transpose") for d in (1, 2, 3)),
 )
 
 
-class Tagger(nn.Module):
-    """An LSTM tagger: tokens to labels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(500, 64)
-        self.lstm = nn.LSTM(64, 64, 2, batch_first=True, bidirectional=True)
-        self.head = nn.Linear(128, 20)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """``[N, L]`` to ``[N, L, 20]``."""
-        made, _ = self.lstm(self.table(tokens))
-        found: Tensor = self.head(made)
-        return found
-
-
-class Wave(nn.Module):
-    """A stack of gated, dilated convolutions with skips, as WaveNet has it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Conv1d(1, 32, 1), nn.Conv1d(32, 16, 1)
-        self.gates = nn.ModuleList(nn.Conv1d(32, 64, 2, dilation=2**i) for i in range(6))
-        self.outs = nn.ModuleList(nn.Conv1d(32, 32, 1) for _ in range(6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[N, 1, L]`` to ``[N, 16, L]``."""
-        y = self.first(x)
-        skips = torch.zeros_like(y)
-        for index, (gate, out) in enumerate(zip(self.gates, self.outs, strict=True)):
-            signal, control = gate(F.pad(y, (2**index, 0))).chunk(2, 1)
-            made = out(torch.tanh(signal) * torch.sigmoid(control))
-            y, skips = y + made, skips + made
-        found: Tensor = self.last(F.relu(skips))
-        return found
-
-
-class Volume(nn.Module):
-    """A 3-d U-Net with one skip."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down, self.deep = nn.Conv3d(1, 16, 3, padding=1), nn.Conv3d(16, 32, 3, padding=1)
-        self.norms = nn.ModuleList(nn.InstanceNorm3d(c) for c in (16, 32, 16))
-        self.up, self.join = nn.ConvTranspose3d(32, 16, 2, 2), nn.Conv3d(32, 16, 3, padding=1)
-        self.head = nn.Conv3d(16, 3, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[N, 1, D, H, W]`` to ``[N, 3, D, H, W]``."""
-        y = F.leaky_relu(self.norms[0](self.down(x)))
-        z = F.leaky_relu(self.norms[1](self.deep(F.max_pool3d(y, 2))))
-        made = F.leaky_relu(self.norms[2](self.join(torch.cat([y, self.up(z)], 1))))
-        found: Tensor = self.head(made)
-        return found
-
-
-def generator() -> nn.Module:
-    """The generator of a DCGAN."""
-    layers: list[nn.Module] = [nn.ConvTranspose2d(100, 256, 4, 1, 0, bias=False)]
-    for inputs in (256, 128, 64):
-        layers += [nn.BatchNorm2d(inputs), nn.ReLU(inplace=True)]
-        layers += [nn.ConvTranspose2d(inputs, inputs // 2, 4, 2, 1, bias=False)]
-    return nn.Sequential(*layers, nn.Tanh())
-
-
-def _vision(path: str) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        models: Any = import_torchvision().models
-        *spaces, name = path.split(".")
-        for space in spaces:
-            models = getattr(models, space)
-        options = {"weights_backbone": None} if spaces else {}
-        made: nn.Module = getattr(models, name)(weights=None, **options)
-        for module in made.modules():
-            if isinstance(module, nn.Linear) and not bool(module.weight.any()):
-                nn.init.normal_(module.weight, std=0.02)  # the head of a vision transformer
-        return made
-
-    return make
-
-
-def _image() -> Tensor:
-    return torch.randn(1, 3, 224, 224)
-
-
-MODELS: Final[Mapping[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]]] = {
-    "vit_b_16": (_vision("vit_b_16"), _image),
-    "swin_t": (_vision("swin_t"), _image),
-    "maxvit_t": (_vision("maxvit_t"), _image),
-    "lraspp_mobilenet_v3_large": (_vision("segmentation.lraspp_mobilenet_v3_large"), _image),
-    "deeplabv3_mobilenet_v3_large": (_vision("segmentation.deeplabv3_mobilenet_v3_large"), _image),
-    "LSTM tagger": (Tagger, lambda: torch.randint(0, 500, (4, 30))),
-    "WaveNet-like stack": (Wave, lambda: torch.randn(2, 1, 256)),
-    "3-d U-Net": (Volume, lambda: torch.randn(1, 1, 16, 32, 32)),
-    "DCGAN generator": (generator, lambda: torch.randn(4, 100, 1, 1)),
-}
-
-
-def row(name: str) -> tuple[object, ...]:
-    """One line of the table."""
-    make, inputs = MODELS[name]
+def measured(name: str, brought: Brought) -> tuple[tuple[object, ...], list[OpRow]]:
+    """One line of the table, and the ops in FP32."""
     torch.manual_seed(0)
-    model = make()
-    model.train()
+    model = brought.make().eval()
+    torch.manual_seed(0)
     with torch.no_grad():
-        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-            model(torch.cat([inputs(), inputs()]))  # statistics of batch-norms
-        model.eval()
-        example = inputs()
-        prepared = prepare_fx(model, _mapping(), (example,))
-        calibrate(prepared, [inputs() for _ in range(4)], progress=False)
+        normalize(model, [brought.inputs() for _ in range(2)])
+        example = brought.inputs()
+        prepared = prepare_fx(model, _mapping(), example, concrete_args=brought.fixed)
+        calibrate(prepared, [brought.inputs() for _ in range(4)], progress=False)
         int8 = convert_fx(prepared)
-        given, wanted = _first(int8(example)), _first(model(example))
+        probe = brought.probe or call
+        given, wanted = first(probe(int8, example)), first(probe(model, example))
     rows = explain(int8).rows
-    floats = Counter(r.kind for r in rows if r.runs is Runs.FP32 and (r.macs is None or r.macs))
-    products = ", ".join(f"{count} {kind}" for kind, count in sorted(floats.items()))
-    weighted = [r for r in rows if r.kind in _WEIGHTED]
-    return (name, _share(rows), _share(weighted), metrics.sqnr_db(wanted, given), products)
+    floats = [r for r in rows if r.runs is Runs.FP32]
+    weighted = [r for r in rows if r.kind in WEIGHTED]
+    products = Counter(r.kind for r in floats if r.macs is None or r.macs)
+    line = (
+        name.rpartition(".")[2],
+        *(share(rows), share(weighted), metrics.sqnr_db(wanted, given)),
+        ", ".join(f"{count} {kind}" for kind, count in sorted(products.items())),
+    )
+    return line, floats
+
+
+def normalize(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Give batch-norms the statistics of ``batches``; random weights vanish without.
+
+    Args:
+        model: in evaluation mode.
+        batches: as ``prepare_fx`` takes example inputs.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    for norm in norms:
+        norm.train()
+        norm.momentum = None  # type: ignore[assignment]  # the mean of all
+    inputs = [as_arguments(batch)[0][0] for batch in batches]
+    lists = isinstance(inputs[0], list)
+    model([image for images in inputs for image in images] if lists else torch.cat(inputs))
+    model.eval()
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """What ``model`` gives."""
+    args, kwargs = as_arguments(batch)
+    return model(*args, **kwargs)
 
 
 def _mapping() -> Any:
@@ -161,14 +94,35 @@ def _mapping() -> Any:
     return get_default_qconfig_mapping("x86").set_object_type(nn.LSTM, default_dynamic_qconfig)
 
 
-def _share(rows: Any) -> float:
+def share(rows: Iterable[OpRow]) -> float:
     """The part of the known multiply-accumulates that run in int8, in percent."""
-    found: list[OpRow] = list(rows)
+    found = list(rows)
     known = sum(r.macs or 0 for r in found)
     return 100 * sum(r.macs or 0 for r in found if r.runs is Runs.INT8) / max(known, 1)
 
 
-def _first(value: Any) -> Tensor:
+def reasons(floats: Mapping[str, list[OpRow]]) -> list[tuple[str, int, str]]:
+    """Kind, number of models and commonest reason of the ops in FP32 of all models."""
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    models: dict[str, set[str]] = defaultdict(set)
+    for model, rows in floats.items():
+        for op in rows:
+            if op.fate or not op.reason:
+                continue  # its work is done by another row
+            found[op.kind][_general(op.reason)] += 1
+            models[op.kind].add(model)
+    kinds = sorted(found, key=lambda kind: (-len(models[kind]), kind))
+    return [(kind, len(models[kind]), found[kind].most_common(1)[0][0]) for kind in kinds]
+
+
+def _general(reason: str) -> str:
+    """The first sentence of a reason, without names of one model."""
+    text = re.split(r"\.\s|; runs in FP32 on|\s\(by ", reason)[0]
+    return re.sub(r"'[^']*'", "it", text)
+
+
+def first(value: Any) -> Tensor:
+    """The first tensor in a result."""
     return next(_tensors(value))
 
 
@@ -185,8 +139,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", default=list(MODELS))
     warnings.simplefilter("ignore")
-    found = [row(name) for name in parser.parse_args().models]
-    print(tabulate(found, HEADERS, tablefmt="github", floatfmt=".1f"))
+    lines, floats = [], {}
+    for name in parser.parse_args().models:
+        print(name, file=sys.stderr)
+        line, floats[name] = measured(name, MODELS[name])
+        lines.append(line)
+    print(tabulate(lines, HEADERS, tablefmt="github", floatfmt=".1f"), end="\n\n")
+    print(tabulate(reasons(floats), REASONS, tablefmt="github"))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, Final
 
 import torch
 from torch import fx
 
+from fxquant.attention import window_attention
 from fxquant.dataflow import has_float_input, is_container, is_float_tensor, looks_up
 from fxquant.graph_module import OpEntry, QuantGraphModule
 from fxquant.metadata import TensorRecord, record_of, shape_of, tensor_records
@@ -80,8 +83,8 @@ def macs_of(gm: fx.GraphModule, node: fx.Node) -> int | None:
         module = gm.get_submodule(str(node.target))
         if isinstance(module, (torch.nn.RNNBase, torch.nn.RNNCellBase)):
             return _recurrent_macs(module, node)
-    if node.target is torch.einsum:
-        return _einsum_macs(node)
+    if node.target in _COUNTED:
+        return _COUNTED[node.target](node)
     op = op_of(gm, node)
     if op is None:
         return None if _may_multiply(gm, node) else 0
@@ -106,6 +109,17 @@ def macs_of(gm: fx.GraphModule, node: fx.Node) -> int | None:
     return math.prod(output) * math.prod(weight[1:])
 
 
+def _window_macs(node: fx.Node) -> int | None:
+    """Two products of each pixel, padding included, with those of its window."""
+    output, window = shape_of(node), node.args[3]
+    if output is None or not isinstance(window, (tuple, list)):
+        return None
+    batch, height, width, features = output
+    rows, columns = (int(n) for n in window)  # type: ignore[arg-type]  # numbers: of the module
+    pixels = batch * (height + -height % rows) * (width + -width % columns)
+    return 2 * pixels * rows * columns * features
+
+
 def _einsum_macs(node: fx.Node) -> int | None:
     """The product of all index sizes of an einsum of two tensors, without an ellipsis."""
     equation, *given = node.args
@@ -120,6 +134,13 @@ def _einsum_macs(node: fx.Node) -> int | None:
             return None
         sizes |= zip(term, shape, strict=True)
     return math.prod(sizes.values())
+
+
+_COUNTED: Final[dict[Any, Callable[[fx.Node], int | None]]] = {
+    torch.einsum: _einsum_macs,
+    window_attention: _window_macs,
+}
+"""Functions that the catalogue does not bind -> what counts their multiply-accumulates."""
 
 
 def _may_multiply(gm: fx.GraphModule, node: fx.Node) -> bool:

@@ -259,3 +259,7 @@ def test_windows_of_swin(size: tuple[int, int], shift: int) -> None:
         assert int8(x).shape == x.shape
     runs = {row.path: row.runs.value for row in explain(int8).rows if row.kind == "linear"}
     assert runs == {"0.qkv": "int8", "0.proj": "int8"}
+    # Each pixel of the padded image is multiplied with the 16 of its window, twice.
+    pixels = 2 * (-size[0] // 4 * -4) * (-size[1] // 4 * -4)
+    counted = {row.kind: row.macs for row in explain(int8).rows}
+    assert counted["window_attention"] == pixels * 16 * E * 2
