@@ -41,7 +41,7 @@ from fxquant.errors import ConfigError
 from fxquant.specs import QuantSpec
 
 # Bins times candidates evaluated at once: bounds the scratch memory of a search to some MiB.
-_EVALUATIONS_AT_ONCE: Final[int] = 1 << 18
+_EVALUATIONS_AT_ONCE: Final[int] = 1 << 16
 # Of the mirrored histogram of OnnxEntropyRule, whose search is quadratic in them.
 _MOST_BINS_A_SIDE: Final[int] = 2048
 
@@ -513,7 +513,7 @@ def expected_error(histogram: Histogram, low: Tensor, high: Tensor, spec: QuantS
         part = slice(start, start + rows)
         s, z = scale[part, None], zero_point[part, None]
         integral = _error_integral(edges[None, :] / s, z, spec)
-        total = (integral[:, 1:] - integral[:, :-1]) @ density * s[:, 0] ** 3
+        total = integral.diff(dim=1) @ density * s[:, 0] ** 3
         if len(points):
             unit = points[None, :] / s
             nearest = (torch.round(unit + z)).clamp(spec.quant_min, spec.quant_max) - z
@@ -539,13 +539,12 @@ def _error_integral(u: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
     Within the range the error repeats with period 1: ``(u - round(u))**2``, whose antiderivative
     is ``round(u) / 12 + (u - round(u))**3 / 3``. Beyond the last level ``k`` it is ``(u - k)**2``,
     whose antiderivative continues the same expression with ``round(u)`` replaced by ``k``.
+    ``u`` is overwritten.
     """
-    nearest = torch.round(u)
-    nearest = torch.minimum(
-        torch.maximum(nearest, spec.quant_min - zero_point), spec.quant_max - zero_point
-    )
+    nearest = torch.round(u).clamp_(spec.quant_min - zero_point, spec.quant_max - zero_point)
     rest = u - nearest
-    return nearest / 12 + rest * rest * rest / 3
+    cube = torch.mul(rest, rest, out=u).mul_(rest)  # in place: the arrays stay in the cache
+    return nearest.div_(12).add_(cube.div_(3))
 
 
 def _distance_from_zero(histogram: Histogram) -> float:

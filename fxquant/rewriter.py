@@ -267,17 +267,17 @@ class GraphRewriter:
 
     def _drop_orphans(self) -> None:
         """Delete the modules and tensors that nothing reads any more."""
+        if not self._orphans:
+            return
         used = {str(n.target) for n in self.gm.graph.nodes if n.op in ("call_module", "get_attr")}
         for node in self.gm.graph.nodes:
             used.update(name for _, name in record_of(node).bound)
         for pack in self.gm.state.packs:
             used.update((pack.name, *pack.tensors))
         used.update(n.target for n in self.gm.state.reference if n.op == "get_attr")
-        parts = [path.split(".") for path in used]
-        holders = {".".join(atoms[:i]) for atoms in parts for i in range(1, len(atoms) + 1)}
+        holders = {path for name in used for path in paths_to(name)}
         for path in dict.fromkeys(self._orphans):
-            atoms = path.split(".")
-            inside = any(".".join(atoms[:i]) in used for i in range(1, len(atoms) + 1))
+            inside = any(holder in used for holder in paths_to(path))
             if inside or not _stored(self.gm, path):
                 continue
             if path not in holders:
@@ -292,8 +292,7 @@ class GraphRewriter:
         if not isinstance(module, torch.nn.Module):
             return
         for name, _ in [*module.named_parameters(), *module.named_buffers()]:
-            atoms = f"{path}.{name}".split(".")
-            if not any(".".join(atoms[:i]) in used for i in range(1, len(atoms) + 1)):
+            if not any(holder in used for holder in paths_to(f"{path}.{name}")):
                 delete_attribute(self.gm, f"{path}.{name}")
 
     def _insert(
@@ -330,6 +329,14 @@ class GraphRewriter:
             node.stack_trace = like.stack_trace
         self.changes += 1
         return node
+
+
+def paths_to(path: str) -> tuple[str, ...]:
+    """``a``, ``a.b`` and ``a.b.c`` for ``a.b.c``."""
+    if "." not in path:
+        return (path,)
+    atoms = path.split(".")
+    return tuple(".".join(atoms[:i]) for i in range(1, len(atoms) + 1))
 
 
 def leaves_of(node: fx.Node) -> list[list[fx.Node]]:

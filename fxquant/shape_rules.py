@@ -80,6 +80,19 @@ _RULES: Final[dict[type, Rule]] = {
 }
 
 
+def given_by_matmul(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What ``torch.matmul`` gives for two stacks of matrices; ``None``: run it."""
+    if len(args) != 2 or kwargs or not all(isinstance(x, Tensor) for x in args):
+        return None
+    left, right = args
+    if left.dim() != right.dim() or left.dim() < 3 or left.shape[:-2] != right.shape[:-2]:
+        return None  # others are broadcast, or computed as one product of two matrices
+    fits = left.shape[-1] == right.shape[-2] and left.is_floating_point()
+    if not fits or not _alike(left, right) or left.layout is not torch.strided:
+        return None
+    return left.new_empty((*left.shape[:-1], right.shape[-1]))
+
+
 def given_by_rule(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A tensor of the shape and dtype that ``module`` gives in evaluation; ``None``: run it.
 

@@ -24,7 +24,7 @@ from fxquant.errors import CaptureWarning, Diagnostics
 from fxquant.graph_module import QuantGraphModule
 from fxquant.metadata import TensorRecord, ValueRecord, map_value, update_record
 from fxquant.op_view import attribute, submodule
-from fxquant.shape_rules import given_by_rule
+from fxquant.shape_rules import given_by_matmul, given_by_rule
 
 _PACKAGE = Path(__file__).parent
 _TORCH = Path(torch.__file__).parent
@@ -73,6 +73,10 @@ class _FakeRecorder(_Recorder):
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         made = given_by_rule(submodule(self.module, str(target)), args, kwargs)
         return self._copy_of(str(target))(*args, **kwargs) if made is None else made
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        made = given_by_matmul(args, kwargs) if target is torch.matmul else None
+        return super().call_function(target, args, kwargs) if made is None else made
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._copy_of(str(target))
