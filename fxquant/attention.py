@@ -366,3 +366,10 @@ _SPELT: Final[dict[type[nn.Module], type[nn.Module]]] = {
     nn.TransformerDecoder: SpeltDecoder,
     nn.Transformer: SpeltTransformer,
 }
+
+
+def written_as(kind: type) -> type | None:
+    """The class in the user's model of a module that is spelt out, ``None`` for all others."""
+    if kind in _SPELT.values():
+        return kind.__bases__[0]
+    return kind.__bases__[1] if issubclass(kind, _Windows) else None

@@ -467,7 +467,7 @@ KINDS: tuple[OpKind, ...] = (
     _arithmetic(
         "sub",
         (operator.sub, torch.sub, torch.subtract, operator.isub),
-        ("sub", "sub_"),
+        ("sub", "sub_", "subtract"),
         (operator.isub, "sub_"),
         extra="alpha",
         alpha=1,
@@ -480,8 +480,8 @@ KINDS: tuple[OpKind, ...] = (
     ),
     _arithmetic(
         "div",
-        (operator.truediv, torch.div, torch.true_divide, operator.itruediv),
-        ("div", "div_", "true_divide"),
+        (operator.truediv, torch.div, torch.divide, torch.true_divide, operator.itruediv),
+        ("div", "div_", "divide", "true_divide"),
         (operator.itruediv, "div_"),
         extra="rounding_mode",
         rounding_mode=None,

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from fxquant.attention import written_as
 from fxquant.errors import ConfigWarning, UnmatchedRuleError, did_you_mean
 from fxquant.graph_module import QuantGraphModule
 from fxquant.metadata import record_of, update_record
@@ -162,6 +163,9 @@ def subject(gm: QuantGraphModule, node: fx.Node) -> dict[str, Any]:
     scope_types: tuple[object, ...] = ()
     if node.op != "call_module" and record.scope_types:
         scope_types = (record.scope_types[-1],)
+    # A rule for a module that is taken apart governs what is in it, the innermost first.
+    scopes = (kind for kind in reversed(record.scope_types) if isinstance(kind, type))
+    scope_types += tuple(w for kind in scopes if (w := written_as(kind)) is not None)
     return {
         "module_path": path,
         "target_types": kinds,

@@ -16,8 +16,10 @@ from fxquant.attention import merged_mask, spell_out
 from fxquant.calibration import calibrate
 from fxquant.explain import explain
 from fxquant.models_zoo.torchvision_import import import_torchvision
+from fxquant.op_rows import Runs
 from fxquant.parity import parity
 from fxquant.qconfig import default_dynamic_qconfig
+from fxquant.qconfig_mapping import get_default_qconfig_mapping
 from fxquant.quantize_fx import convert_fx, convert_to_reference_fx, prepare_fx, prepare_qat_fx
 
 E, H, F = 16, 4, 32
@@ -239,6 +241,42 @@ def test_masks() -> None:
     alone = merged_mask(None, HIDDEN[1], H, query[0])
     assert alone is not None
     assert alone.shape == (1, 1, 5)
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(E, E)
+        self.encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(E, H, F, batch_first=True), 1
+        )
+        self.attention = _attention(batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.encoder(self.first(x))
+        return self.attention(y, y, y)[0]
+
+
+INSIDE: dict[type[nn.Module], set[str]] = {
+    nn.MultiheadAttention: {"attention", "encoder.layers.0.self_attn"},
+    nn.TransformerEncoderLayer: {"encoder.layers.0"},
+    nn.TransformerEncoder: {"encoder"},
+}
+
+
+@pytest.mark.parametrize("kind", INSIDE)
+def test_a_rule_for_the_module_governs_what_is_in_it(kind: type[nn.Module]) -> None:
+    model, x = Stack().eval(), torch.randn(5, 2, E)
+    mapping = get_default_qconfig_mapping("x86").set_object_type(kind, None)
+    prepared = calibrate(prepare_fx(model, mapping, (x,)), [x])  # a rule without effect warns
+    for row in explain(convert_fx(prepared)).rows:
+        inside = any(row.path == p or row.path.startswith(f"{p}.") for p in INSIDE[kind])
+        assert not inside or row.runs is Runs.FP32, row
+        assert inside or row.kind != "linear" or row.runs is Runs.INT8, row
+    nearer = mapping.set_object_type(nn.MultiheadAttention, default_dynamic_qconfig)
+    int8 = convert_fx(calibrate(prepare_fx(model, nearer, (x,)), [x]))
+    runs = {row.path: row for row in explain(int8).rows}
+    assert "dynamic" in runs["encoder.layers.0.self_attn.out_proj"].kernel
 
 
 @pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed")

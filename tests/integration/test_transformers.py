@@ -16,7 +16,7 @@ from benchmarks.brought import tokens, transformer
 from benchmarks.models import WEIGHTED, first, share
 from fxquant.audit import audit
 from fxquant.calibration import calibrate
-from fxquant.errors import CaptureWarning, LoweringWarning
+from fxquant.errors import CaptureWarning
 from fxquant.explain import explain
 from fxquant.models_zoo.metrics import sqnr_db
 from fxquant.op_rows import Runs
@@ -140,14 +140,14 @@ class _Fixed(nn.Module):
         return self.model(**inputs, **self.fixed)
 
 
+@pytest.mark.filterwarnings("ignore:2 op.*scaled_dot:fxquant.errors.LoweringWarning")
 @pytest.mark.parametrize("name", ["BertModel", "GPT2LMHeadModel"])
 @torch.no_grad()
 def test_in_one_call(name: str) -> None:
     """GPT-2 as it is, with the cache that it returns: an island, every linear of which is int8."""
     case = CASES[name]
     model = transformer(name, **case.sizes).eval()
-    with pytest.warns(CaptureWarning), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "2 op.*scaled_dot_product_attention", LoweringWarning)
+    with pytest.warns(CaptureWarning):
         int8 = quantize(model, [case.inputs() for _ in range(3)], progress=False)
     if name == "BertModel":
         _check(case, model, int8, 25.0)

@@ -82,6 +82,25 @@ DTYPES: list[Callable[[Tensor, Tensor], Tensor]] = [
 ]  # fmt: skip
 
 
+class Product(nn.Module):
+    """A linear as a product with a constant."""
+
+    def __init__(self, variant: int) -> None:
+        super().__init__()
+        self.variant = variant
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = (
+            lambda: x @ self.weight,
+            lambda: torch.matmul(x, self.weight) + self.bias,
+            lambda: F.linear(x, self.weight.t(), self.bias),
+            lambda: torch.einsum("...i,oi->...o", x, self.weight),
+            lambda: torch.addmm(self.bias, x.flatten(0, 2), self.weight).view(x.shape),
+        )
+        return made[self.variant % 5]()
+
+
 def _module(op: str, variant: int) -> nn.Module | None:
     if op in ("conv", "residual", "block"):
         groups = (1, 1, 2, 8)[variant % 4]
@@ -101,7 +120,7 @@ def _module(op: str, variant: int) -> nn.Module | None:
         nn.init.normal_(norm.running_mean)
         return norm
     if op == "linear":
-        return nn.Linear(8, 8)
+        return nn.Linear(8, 8) if variant % 3 else Product(variant)
     if op == "up":
         return nn.ConvTranspose2d(8, 8, (2, 3)[variant % 2], 1, padding=0)
     if op == "cat":
