@@ -42,7 +42,7 @@ _CACHE_VARIABLE: Final = "FXQUANT_CACHE"
 
 
 class TensorArgument(Structure):
-    """``fxq::Tensor``: where a value lies, ``[n, h, w, c]`` with ``pixel`` elements a pixel."""
+    """``fxq::Tensor``: where a value lies, ``[n, h, w, c]``."""
 
     _fields_ = (
         ("slot", c_int64),
@@ -52,6 +52,7 @@ class TensorArgument(Structure):
         ("w", c_int64),
         ("c", c_int64),
         ("pixel", c_int64),
+        ("row", c_int64),
     )
 
 

@@ -54,6 +54,7 @@ class Value:
         buffer: where it lies.
         offset: bytes from the start of the buffer.
         pixel: elements from one pixel to the next; more than the channels for a slice of them.
+        margin: pixels of padding on both sides of each line, in memory only.
         bytes_of: the integers that this float value is, where nobody has computed it yet.
     """
 
@@ -64,6 +65,7 @@ class Value:
     buffer: Buffer = field(default_factory=lambda: Buffer(0))
     offset: int = 0
     pixel: int = 0
+    margin: int = 0
     bytes_of: Value | None = None
 
     @property
@@ -85,20 +87,55 @@ class Value:
     def argument(self) -> TensorArgument:
         """For C++, once the buffers are laid out."""
         n, h, w, c = self.sizes
-        return TensorArgument(
-            self.buffer.slot, self.buffer.offset + self.offset, n, h, w, c, self.pixel
-        )
+        start = self.buffer.offset + self.offset + self.margin * self.pixel * self.element
+        row = (w + 2 * self.margin) * self.pixel
+        return TensorArgument(self.buffer.slot, start, n, h, w, c, self.pixel, row)
 
 
 @dataclass
 class Step:
-    """One step: a kind, the values it reads and writes, and the other fields of its structure."""
+    """One step: a kind, the values it reads and writes, the other fields, and whose work it does."""
 
     kind: str
     reads: Mapping[str, Value]
     out: Value
     fields: Mapping[str, Any]
     keep: tuple[Tensor, ...] = ()
+    node: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StepInfo:
+    """What a step is, for reports.
+
+    Attributes:
+        kind: of the step.
+        node: the node of the lowered graph that it carries out.
+        shape: of the result.
+        macs: multiply-accumulates.
+        detail: window, stride and groups of a convolution.
+    """
+
+    kind: str
+    node: str
+    shape: tuple[int, ...]
+    macs: int
+    detail: str
+
+    @staticmethod
+    def of(step: Step) -> StepInfo:
+        """Of a step that is being built."""
+        if step.kind != "convolution":
+            return StepInfo(step.kind, step.node, step.out.shape, 0, "")
+        f, inputs = step.fields, step.reads["in_"].sizes[3]
+        each = inputs // f["groups"] * f["kernel_h"] * f["kernel_w"]
+        n, h, w, c = step.out.sizes
+        detail = f"{f['kernel_h']}x{f['kernel_w']}/{f['stride_h']} from {inputs}"
+        if f["groups"] > 1:
+            detail += ", depthwise" if f["depthwise"] else f", {f['groups']} groups"
+        if "other" in step.reads:
+            detail += " + sum"
+        return StepInfo("convolution", step.node, step.out.shape, n * h * w * c * each, detail)
 
 
 class PlanBuilder:
@@ -107,6 +144,7 @@ class PlanBuilder:
     def __init__(self) -> None:
         self.steps: list[Step] = []
         self.slots = 1
+        self.node = ""  # whose steps are being added
 
     def value(
         self,
@@ -116,12 +154,13 @@ class PlanBuilder:
         scale: float = 1.0,
         zero_point: int = 0,
         pixel: int | None = None,
+        margin: int = 0,
     ) -> Value:
         """A new value in the arena."""
-        made = Value(tuple(shape), dtype, scale, zero_point)
+        made = Value(tuple(shape), dtype, scale, zero_point, margin=margin)
         n, h, w, c = made.sizes
         made.pixel = c if pixel is None else pixel
-        made.buffer = Buffer(n * h * w * made.pixel * made.element)
+        made.buffer = Buffer(n * h * (w + 2 * margin) * made.pixel * made.element)
         return made
 
     def external(
@@ -147,7 +186,7 @@ class PlanBuilder:
         **fields: Any,
     ) -> Value:
         """Append a step; its result."""
-        self.steps.append(Step(kind, reads, out, fields, keep))
+        self.steps.append(Step(kind, reads, out, fields, keep, self.node))
         return out
 
     def build(self) -> Plan:
@@ -195,6 +234,7 @@ class Plan:
     """A laid-out plan. Immutable, so that any number of threads may run it at once.
 
     Attributes:
+        steps: what is run, in order.
         arena: bytes of scratch memory that a call needs.
         slots: number of pointers that a call takes, the arena's first.
     """
@@ -202,7 +242,7 @@ class Plan:
     def __init__(self, steps: list[Step], arena: int, slots: int) -> None:
         library = load()
         self.arena, self.slots = arena, slots
-        self.kinds = tuple(step.kind for step in steps)
+        self.steps = tuple(map(StepInfo.of, steps))
         self._run = library.fxq_plan_run
         self._plan = ctypes.c_void_p(library.fxq_plan_create())
         weakref.finalize(self, library.fxq_plan_destroy, self._plan)

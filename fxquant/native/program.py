@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -173,12 +174,16 @@ class Program:
         }
         self._arenas: list[Tensor] = []
 
-    def run(self, inputs: tuple[Any, ...], threads: int) -> Any:
+    def run(
+        self, inputs: tuple[Any, ...], threads: int, timed: dict[int, float] | None = None
+    ) -> Any:
         """The result for inputs of the shapes, strides and types that it was made for.
 
         Args:
             inputs: as the graph's placeholders, in order.
             threads: how many threads the native part may use.
+            timed: where to note the seconds of each step, least of all calls so far; steps then
+                run one by one.
         """
         try:
             arena = self._arenas.pop()  # each concurrent call has its own
@@ -195,7 +200,14 @@ class Program:
 
         for step in self._instructions:
             if isinstance(step, Native):
-                self.plan.run(slots, step.first, step.last, threads)
+                if timed is None:
+                    self.plan.run(slots, step.first, step.last, threads)
+                    continue
+                for index in range(step.first, step.last):
+                    start_time = perf_counter()
+                    self.plan.run(slots, index, index + 1, threads)
+                    seconds = perf_counter() - start_time
+                    timed[index] = min(timed.get(index, seconds), seconds)
             elif isinstance(step, Imported):
                 tensor = _with_stride(argument(step.node), step.stride)
                 keep.append(tensor)

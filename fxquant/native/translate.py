@@ -128,6 +128,7 @@ def translate(t: Translation, node: fx.Node) -> Value | None:
     if rule is None:
         return None
     before = len(t.builder.steps)
+    t.builder.node = node.name
     try:
         return rule(t, node)
     except NotConstantError:
@@ -235,12 +236,34 @@ def _quantize(t: Translation, node: fx.Node) -> Value | None:
     _, _, w, c = value.sizes
     # Images with few channels get four bytes a pixel, so that kernels load them at once.
     few = len(value.shape) == 4 and c < 4 and stride_w == 1 and w > 1
-    out = t.builder.value(value.shape, torch.uint8, pixel=4 if few else None, **numbers)
+    margin = _margin(t, node) if few else 0
+    out = t.builder.value(
+        value.shape, torch.uint8, pixel=4 if few else None, margin=margin, **numbers
+    )
     return t.builder.add(
         "quantize", {"a": value}, out,
         stride_n=stride_n, stride_c=stride_c, stride_h=stride_h, stride_w=stride_w,
-        inverse=divided(1.0, scale), zero_point=zero_point,  # type: ignore[arg-type]  # numbers
+        inverse=divided(1.0, scale), zero_point=zero_point, padding_w=margin,  # type: ignore[arg-type]  # numbers
     )  # fmt: skip
+
+
+def _margin(t: Translation, node: fx.Node) -> int:
+    """The padding at the sides that the convolutions of an image agree on; else 0.
+
+    With it in memory, the pixels of a line of a window are one string of bytes.
+    """
+    paddings: set[int] = set()
+    for user in node.users:
+        if user.target is kernels.as_bytes:
+            paddings.add(_margin(t, user))
+        elif user.target in (_Q.conv2d.new, _Q.conv2d_relu.new):
+            _, options = t.packed_tensors(user.args[1], "conv")
+            paddings.add(int(options[2][1]) if options[0] == 2 and options[4] == 1 else 0)
+        elif user.target is _O.qconv_pointwise.default and user.args[10] == 1:
+            paddings.add(int(user.args[8][1]))  # type: ignore[index, arg-type]  # a list of two
+        else:
+            return 0
+    return paddings.pop() if len(paddings) == 1 else 0
 
 
 def _dequantize(t: Translation, node: fx.Node) -> Value | None:
@@ -301,6 +324,11 @@ def _add_product(t: Translation, node: fx.Node, x: Value | None, p: _Product) ->
     out = t.builder.value(meta.shape, dtype, scale=p.scale, zero_point=p.zero_point)
     scale = p.weight_scale.reshape(-1).to(torch.float32).expand(outputs).contiguous()
     bias = None if p.bias is None else p.bias.to(torch.float32).contiguous()
+    padding_w = p.padding[1]
+    if x.margin:  # the padding is there; what reads other margins was not given one
+        n, channels, h, w = x.shape
+        x = t.builder.like(x, shape=(n, channels, h, w + 2 * x.margin), margin=0)
+        padding_w = 0
     reads = {"in_": x} if p.other is None else {"in_": x, "other": p.other}
     return t.builder.add(
         "convolution", reads, out, (weight, scale, *([] if bias is None else [bias])),
@@ -308,7 +336,7 @@ def _add_product(t: Translation, node: fx.Node, x: Value | None, p: _Product) ->
         bias=None if bias is None else bias.data_ptr(),
         has_other=p.other is not None, groups=p.groups,
         kernel_h=window[0], kernel_w=window[1], stride_h=p.stride[0], stride_w=p.stride[1],
-        padding_h=p.padding[0], padding_w=p.padding[1],
+        padding_h=p.padding[0], padding_w=padding_w,
         dilation_h=p.dilation[0], dilation_w=p.dilation[1],
         fbgemm=p.fbgemm, to_float=p.to_float, activation=p.activation,
         in_zero_point=x.zero_point, depthwise=depthwise,

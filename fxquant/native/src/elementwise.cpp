@@ -19,9 +19,9 @@ inline int64_t beside(const Tensor& operand, const Tensor& out, int64_t p) {
   return operand.h * operand.w == 1 ? p / (out.h * out.w) : p;
 }
 
-inline __m128i quantized(__m512 x, __m512 inverse, __m512 zero_point) {
+inline __m512i quantized(__m512 x, __m512 inverse, __m512 zero_point) {
   const __m512 y = _mm512_fmadd_ps(x, inverse, zero_point);
-  return _mm512_cvtepi32_epi8(to_int(y, _mm512_setzero_ps(), _mm512_set1_ps(255.0f)));
+  return to_int(y, _mm512_setzero_ps(), _mm512_set1_ps(255.0f));
 }
 
 }  // namespace
@@ -32,43 +32,41 @@ void Quantize::run(const Call& call, const Worker& worker) const {
   const __m512 scale = _mm512_set1_ps(inverse), zero = _mm512_set1_ps(zero_point);
   int64_t first, last;
   if (stride_c == 1 && stride_w == out.c && stride_h == out.w * out.c &&
-      stride_n == out.h * out.w * out.c && out.pixel == out.c) {  // the same order: one long row
+      stride_n == out.h * out.w * out.c && out.pixel == out.c && margin == 0) {  // the same order: one long row
     worker.share(round_up(out.pixels() * out.c, 64) / 64, first, last);
     for (int64_t i = 64 * first; i < std::min(64 * last, out.pixels() * out.c); i += 16) {
-      const __mmask16 mask = mask16(out.pixels() * out.c - i);
-      _mm_mask_storeu_epi8(output + i, mask,
-                           quantized(_mm512_maskz_loadu_ps(mask, input + i), scale, zero));
+      const int64_t left = out.pixels() * out.c - i;
+      const __m512 values = _mm512_maskz_loadu_ps(mask16(left), input + i);
+      store_16(output + i, quantized(values, scale, zero), left);
     }
     return;
   }
   worker.share(out.n * out.h, first, last);
   for (int64_t line = first; line < last; line++) {
     const float* from = input + line / out.h * stride_n + line % out.h * stride_h;
-    uint8_t* to = output + line * out.w * out.pixel;
+    uint8_t* to = output + line * out.row;
+    if (margin > 0) {
+      const auto bytes = static_cast<size_t>(margin * out.pixel);
+      memset(to - bytes, static_cast<int>(zero_point), bytes);
+      memset(to + out.w * out.pixel, static_cast<int>(zero_point), bytes);
+    }
     if (stride_w == 1 && out.pixel == 4) {  // planes of an image, interleaved by four
       for (int64_t x = 0; x < out.w; x += 16) {
         const __mmask16 mask = mask16(out.w - x);
-        __m128i plane[4];
-        for (int c = 0; c < 4; c++) {
-          plane[c] = c < out.c ? quantized(_mm512_maskz_loadu_ps(mask, from + c * stride_c + x),
-                                           scale, zero)
-                               : _mm_setzero_si128();
+        __m512i lanes = _mm512_setzero_si512();
+        for (int64_t c = out.c - 1; c >= 0; c--) {
+          const __m512 plane = _mm512_maskz_loadu_ps(mask, from + c * stride_c + x);
+          lanes = _mm512_or_si512(_mm512_slli_epi32(lanes, 8), quantized(plane, scale, zero));
         }
-        const __m512i lanes = _mm512_or_si512(
-            _mm512_or_si512(_mm512_cvtepu8_epi32(plane[0]),
-                            _mm512_slli_epi32(_mm512_cvtepu8_epi32(plane[1]), 8)),
-            _mm512_or_si512(_mm512_slli_epi32(_mm512_cvtepu8_epi32(plane[2]), 16),
-                            _mm512_slli_epi32(_mm512_cvtepu8_epi32(plane[3]), 24)));
-        _mm512_mask_storeu_epi32(to + 4 * x, mask, lanes);
+        store_bytes(to + 4 * x, lanes, 4 * std::min<int64_t>(16, out.w - x));
       }
     } else if (stride_w == 1 && out.w > 1) {
       for (int64_t c = 0; c < out.c; c++) {
         for (int64_t x = 0; x < out.w; x += 16) {
           const __mmask16 mask = mask16(out.w - x);
           alignas(16) uint8_t bytes[16];
-          _mm_store_si128(reinterpret_cast<__m128i*>(bytes),
-                          quantized(_mm512_maskz_loadu_ps(mask, from + c * stride_c + x), scale,
-                                    zero));
+          store_16(bytes, quantized(_mm512_maskz_loadu_ps(mask, from + c * stride_c + x), scale, zero),
+                   16);
           for (int64_t i = 0; i < std::min<int64_t>(16, out.w - x); i++)
             to[(x + i) * out.pixel + c] = bytes[i];
         }
@@ -76,18 +74,17 @@ void Quantize::run(const Call& call, const Worker& worker) const {
     } else if (stride_c == 1) {
       for (int64_t x = 0; x < out.w; x++) {
         for (int64_t c = 0; c < out.c; c += 16) {
-          const __mmask16 mask = mask16(out.c - c);
-          _mm_mask_storeu_epi8(
-              to + x * out.pixel + c, mask,
-              quantized(_mm512_maskz_loadu_ps(mask, from + x * stride_w + c), scale, zero));
+          const __m512 values =
+              _mm512_maskz_loadu_ps(mask16(out.c - c), from + x * stride_w + c);
+          store_16(to + x * out.pixel + c, quantized(values, scale, zero), out.c - c);
         }
       }
     } else {
       for (int64_t x = 0; x < out.w; x++) {
         for (int64_t c = 0; c < out.c; c++) {
           const __m512 value = _mm512_set1_ps(from[x * stride_w + c * stride_c]);
-          to[x * out.pixel + c] =
-              static_cast<uint8_t>(_mm_cvtsi128_si32(quantized(value, scale, zero)));
+          to[x * out.pixel + c] = static_cast<uint8_t>(
+              _mm_cvtsi128_si32(_mm512_castsi512_si128(quantized(value, scale, zero))));
         }
       }
     }
@@ -102,8 +99,7 @@ void Dequantize::run(const Call& call, const Worker& worker) const {
     for (int64_t c = 0; c < out.c; c += 16) {
       const __mmask16 mask = mask16(out.c - c);
       const __m512 x = bytes_to_float(input + p * in.pixel + c, mask);
-      _mm512_mask_storeu_ps(output + p * out.pixel + c, mask,
-                            _mm512_mul_ps(_mm512_sub_ps(x, zero), factor));
+      store_16(output + p * out.pixel + c, _mm512_mul_ps(_mm512_sub_ps(x, zero), factor), out.c - c);
     }
   });
 }
@@ -126,7 +122,7 @@ void Add::run(const Call& call, const Worker& worker) const {
       const __m512 rounded = _mm512_roundscale_ps(
           _mm512_mul_ps(sum, scale), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
       const __m512i q = to_int(_mm512_add_ps(rounded, zero), lowest, highest);
-      _mm_mask_storeu_epi8(output + p * out.pixel + c, mask, _mm512_cvtepi32_epi8(q));
+      store_16(output + p * out.pixel + c, q, out.c - c);
     }
   });
 }
@@ -150,7 +146,7 @@ void Multiply::run(const Call& call, const Worker& worker) const {
           _mm512_roundscale_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(product), factor),
                                _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
       const __m512i q = to_int(_mm512_add_ps(rounded, zero), lowest, highest);
-      _mm_mask_storeu_epi8(output + p * out.pixel + c, mask, _mm512_cvtepi32_epi8(q));
+      store_16(output + p * out.pixel + c, q, out.c - c);
     }
   });
 }
@@ -169,7 +165,7 @@ void ChannelAffine::run(const Call& call, const Worker& worker) const {
       const __m512 rounded =
           _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
       const __m512i q = to_int(_mm512_add_ps(rounded, zero), lowest, highest);
-      _mm_mask_storeu_epi8(output + p * out.pixel + c, mask, _mm512_cvtepi32_epi8(q));
+      store_16(output + p * out.pixel + c, q, out.c - c);
     }
   });
 }
@@ -236,7 +232,7 @@ void FloatMap::run(const Call& call, const Worker& worker) const {
           break;
         }
       }
-      _mm512_mask_storeu_ps(output + p * out.pixel + c, mask, v);
+      store_16(output + p * out.pixel + c, v, out.c - c);
     }
   });
 }

@@ -11,6 +11,7 @@ struct Quantize : Step {
   Tensor in, out;  // of `in`, only slot, offset and sizes are used
   int64_t stride_n, stride_c, stride_h, stride_w;  // of the input, in elements
   float inverse, zero_point;
+  int32_t margin = 0;  // pixels on both sides of each line, to be filled with the zero point
   void run(const Call& call, const Worker& worker) const override;
 };
 

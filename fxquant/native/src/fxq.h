@@ -6,8 +6,21 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+
+#define FXQ_INLINE inline __attribute__((always_inline))
 
 namespace fxq {
+
+// f(0), f(1), ... f(N - 1), with indices that are constants: arrays indexed by them stay in registers.
+template <int N, typename F>
+FXQ_INLINE void unrolled(const F& f) {
+  if constexpr (N > 0) {
+    unrolled<N - 1>(f);
+    f(std::integral_constant<int, N - 1>{});
+  }
+}
+#define FXQ_EACH [&](auto i) __attribute__((always_inline))
 
 // One 4-d value, held as [n][h][w][c] with `pixel` elements between neighbouring pixels, so that a
 // slice of channels is a tensor, too. Slot 0 is the arena; others are inputs and outputs of the call.
@@ -16,6 +29,7 @@ struct Tensor {
   int64_t offset;  // bytes
   int64_t n, h, w, c;
   int64_t pixel;
+  int64_t row;  // elements between neighbouring lines; only images with a margin have w * pixel < row
   int64_t pixels() const { return n * h * w; }
 };
 
@@ -60,6 +74,42 @@ inline __mmask16 mask16(int64_t count) {
 
 inline __mmask64 mask64(int64_t count) {
   return count >= 64 ? ~0ull : (1ull << count) - 1;
+}
+
+// The first `count` bytes (1 to 64). Masked stores are slow on some processors, so they are for the
+// sizes that have no store of their own.
+FXQ_INLINE void store_bytes(uint8_t* to, __m512i bytes, int64_t count) {
+  const __m256i low = _mm512_castsi512_si256(bytes);
+  if (count == 64) {
+    _mm512_storeu_si512(to, bytes);
+  } else if (count == 32) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), low);
+  } else if (count == 16) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(low));
+  } else if (count == 48) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), low);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 32), _mm512_extracti32x4_epi32(bytes, 2));
+  } else {
+    _mm512_mask_storeu_epi8(to, mask64(count), bytes);
+  }
+}
+
+// The first `count` of 16 integers as bytes.
+FXQ_INLINE void store_16(uint8_t* to, __m512i integers, int64_t count) {
+  const __m128i bytes = _mm512_cvtepi32_epi8(integers);
+  if (count >= 16) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
+  } else {
+    _mm_mask_storeu_epi8(to, mask16(count), bytes);
+  }
+}
+
+FXQ_INLINE void store_16(float* to, __m512 floats, int64_t count) {
+  if (count >= 16) {
+    _mm512_storeu_ps(to, floats);
+  } else {
+    _mm512_mask_storeu_ps(to, mask16(count), floats);
+  }
 }
 
 }  // namespace fxq

@@ -4,6 +4,8 @@
 // pointers, one for each position of the window, and a row of zero points stands in for the padding.
 #include "gemm.h"
 
+#include <alloca.h>
+
 #include <algorithm>
 #include <vector>
 
@@ -20,7 +22,7 @@ struct Tile {
   const int8_t* weights;
   const Requantize* requantize;
   int channel;          // the first one, for the per-channel constants
-  __mmask16 last_mask;  // of the last vector of channels
+  int last_count;       // channels of the last vector
   uint8_t* out;         // bytes or floats
   int64_t out_pixel;    // in elements
   const uint8_t* other;
@@ -31,77 +33,78 @@ struct Tile {
 void finish(const Tile& t, const int32_t* sums, int rows, int vectors) {
   const Requantize& r = *t.requantize;
   for (int v = 0; v < vectors; v++) {
-    const __mmask16 mask = v == vectors - 1 ? t.last_mask : 0xffff;
+    const int count = v == vectors - 1 ? t.last_count : 16;
     const __m512 scale = _mm512_loadu_ps(r.scale + t.channel + 16 * v);
     const __m512 bias = _mm512_loadu_ps(r.bias + t.channel + 16 * v);
     for (int m = 0; m < rows; m++) {
       const __m512i sum = _mm512_loadu_si512(sums + 16 * (m * vectors + v));
       const uint8_t* other =
           t.other == nullptr ? nullptr : t.other + m * t.other_pixel + 16 * v;
-      const __m512 y = in_float(sum, scale, bias, r, other, mask);
+      const __m512 y = in_float(sum, scale, bias, r, other, mask16(count));
       const int64_t at = m * t.out_pixel + 16 * v;
       if (r.to_float) {
-        _mm512_mask_storeu_ps(reinterpret_cast<float*>(t.out) + at, mask, y);
+        store_16(reinterpret_cast<float*>(t.out) + at, y, count);
       } else {
-        _mm_mask_storeu_epi8(t.out + at, mask, _mm512_cvtepi32_epi8(in_integers(y, r)));
+        store_16(t.out + at, in_integers(y, r), count);
       }
     }
   }
 }
 
-#define FXQ_UNROLL _Pragma("GCC unroll 16")
-
 template <int MR, int NV>
 __attribute__((noinline)) void tile(const Tile& t) {
-  __m512i acc[MR][NV];
+  __m512i acc[MR * NV];  // [pixel][vector of channels]
   const Requantize& r = *t.requantize;
-  FXQ_UNROLL for (int v = 0; v < NV; v++) {
-    const __m512i start = _mm512_loadu_si512(r.correction + t.channel + 16 * v);
-    FXQ_UNROLL for (int m = 0; m < MR; m++) acc[m][v] = start;
-  }
+  unrolled<NV>(FXQ_EACH { acc[i] = _mm512_loadu_si512(r.correction + t.channel + 16 * i); });
+  unrolled<MR * NV - NV>(FXQ_EACH { acc[NV + i] = acc[i % NV]; });
   const int8_t* weights = t.weights;
   const int groups = t.groups_of_4;
   for (int p = 0; p < t.positions; p++) {
     const uint8_t* rows[MR];
-    FXQ_UNROLL for (int m = 0; m < MR; m++) rows[m] = t.rows[p * MR + m];
+    unrolled<MR>(FXQ_EACH { rows[i] = t.rows[p * MR + i]; });
     for (int k = 0; k < groups; k++) {
       __m512i w[NV];
-      FXQ_UNROLL for (int v = 0; v < NV; v++) w[v] = _mm512_loadu_si512(weights + 64 * v);
+      unrolled<NV>(FXQ_EACH { w[i] = _mm512_loadu_si512(weights + 64 * i); });
       weights += 64 * NV;
-      FXQ_UNROLL for (int m = 0; m < MR; m++) {
+      unrolled<MR>([&](auto m) __attribute__((always_inline)) {
         int32_t four;
         memcpy(&four, rows[m] + 4 * k, 4);
         const __m512i a = _mm512_set1_epi32(four);
         // In assembly, since compilers copy accumulators around the intrinsic.
-        FXQ_UNROLL for (int v = 0; v < NV; v++)
-            asm("vpdpbusd %2, %1, %0" : "+v"(acc[m][v]) : "v"(a), "v"(w[v]));
-      }
+        unrolled<NV>(FXQ_EACH {
+          asm("vpdpbusd %2, %1, %0" : "+v"(acc[m * NV + i]) : "v"(a), "v"(w[i]));
+        });
+      });
     }
   }
-  if (r.fbgemm | r.to_float | (r.activation != Activation::none) | (t.other != nullptr)) {
+  if (!r.bounded || r.fbgemm || r.to_float || r.activation != Activation::none ||
+      t.other != nullptr) {
     alignas(64) int32_t sums[MR * NV * 16];
-    FXQ_UNROLL for (int m = 0; m < MR; m++) {
-      FXQ_UNROLL for (int v = 0; v < NV; v++)
-          _mm512_store_si512(sums + 16 * (m * NV + v), acc[m][v]);
-    }
+    unrolled<MR * NV>(FXQ_EACH { _mm512_store_si512(sums + 16 * i, acc[i]); });
     finish(t, sums, MR, NV);
     return;
   }
   const __m512 input_scale = _mm512_set1_ps(r.input_scale);
   const __m512 inverse = _mm512_set1_ps(r.inverse), zero_point = _mm512_set1_ps(r.zero_point);
-  const __m512 low = _mm512_set1_ps(r.low), high = _mm512_set1_ps(r.high);
-  FXQ_UNROLL for (int v = 0; v < NV; v++) {
-    const __mmask16 mask = v == NV - 1 ? t.last_mask : 0xffff;
-    const __m512 scale = _mm512_loadu_ps(r.scale + t.channel + 16 * v);
-    const __m512 bias = _mm512_loadu_ps(r.bias + t.channel + 16 * v);
-    FXQ_UNROLL for (int m = 0; m < MR; m++) {
-      __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[m][v]), input_scale);
-      y = _mm512_add_ps(_mm512_mul_ps(y, scale), bias);
-      y = _mm512_add_ps(_mm512_mul_ps(y, inverse), zero_point);
-      _mm_mask_storeu_epi8(t.out + m * t.out_pixel + 16 * v, mask,
-                           _mm512_cvtepi32_epi8(to_int(y, low, high)));
-    }
-  }
+  const float* scale = r.scale + t.channel;
+  const float* bias = r.bias + t.channel;
+  const __m512i low = _mm512_set1_epi8(static_cast<char>(static_cast<int>(r.low)));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const int count = 16 * (NV - 1) + t.last_count;
+  unrolled<MR>([&](auto m) __attribute__((always_inline)) {
+    __m512i q[4];
+    unrolled<NV>(FXQ_EACH {
+      __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[m * NV + i]), input_scale);
+      y = _mm512_add_ps(_mm512_mul_ps(y, _mm512_loadu_ps(scale + 16 * i)),
+                        _mm512_loadu_ps(bias + 16 * i));
+      q[i] = _mm512_cvtps_epi32(_mm512_add_ps(_mm512_mul_ps(y, inverse), zero_point));
+    });
+    unrolled<4 - NV>(FXQ_EACH { q[NV + i] = q[0]; });
+    const __m512i bytes =
+        _mm512_packus_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
+    store_bytes(t.out + m * t.out_pixel,
+                _mm512_max_epu8(_mm512_permutexvar_epi32(order, bytes), low), count);
+  });
 }
 
 using TileFunction = void (*)(const Tile&);
@@ -153,7 +156,7 @@ void GemmConvolution::run(const Call& call, const Worker& worker) const {
 void GemmConvolution::run_block(const Call& call, int64_t group, const ChannelBlock& block,
                                 int64_t packed, int64_t first, int64_t last) const {
   const int64_t group_channels = out.c / groups;
-  const int positions = kernel_h * kernel_w;
+  const int positions = whole_lines ? kernel_h : kernel_h * kernel_w;
   const int rows_at_once = kRows[block.vectors - 1];
   const uint8_t* input = call.at(in) + group * (in.c / groups);
   const int64_t element = requantize.to_float ? 4 : 1;
@@ -161,53 +164,80 @@ void GemmConvolution::run_block(const Call& call, int64_t group, const ChannelBl
   Tile t;
   t.positions = positions;
   t.groups_of_4 = static_cast<int>(round_up(in.c / groups, 4) / 4);
+  if (whole_lines) t.groups_of_4 = kernel_w;
   t.weights = weights + packed;
   t.requantize = &r;
   t.channel = static_cast<int>(group * round_up(group_channels, 16)) + block.channel;
-  t.last_mask = mask16(group_channels - block.channel - 16 * (block.vectors - 1));
+  t.last_count = static_cast<int>(
+      std::min<int64_t>(16, group_channels - block.channel - 16 * (block.vectors - 1)));
   t.out_pixel = out.pixel;
   t.other_pixel = other.pixel;
   const int64_t column = group * group_channels + block.channel;
   uint8_t* output = call.at(out) + column * element;
   const uint8_t* addend = has_other ? call.at(other) + column : nullptr;
-  std::vector<const uint8_t*> rows(static_cast<size_t>(positions) * rows_at_once);
-  t.rows = rows.data();
+  const auto rows =
+      static_cast<const uint8_t**>(alloca(sizeof(uint8_t*) * positions * rows_at_once));
+  t.rows = rows;
+  Cursor at = cursor(first);
   for (int64_t m = first; m < last; m += rows_at_once) {
     const int count = static_cast<int>(std::min<int64_t>(rows_at_once, last - m));
-    find_rows(input, m, count, rows.data());
+    if (pointwise) {
+      for (int i = 0; i < count; i++) rows[i] = input + (m + i) * in.pixel;
+    } else {
+      find_rows(input, at, count, rows);
+    }
     t.out = output + m * out.pixel * element;
     t.other = addend == nullptr ? nullptr : addend + m * other.pixel;
     kTiles[block.vectors - 1][count - 1](t);
   }
 }
 
-void GemmConvolution::find_rows(const uint8_t* input, int64_t pixel, int count,
-                                const uint8_t** rows) const {
-  if (pointwise) {
-    for (int i = 0; i < count; i++) rows[i] = input + (pixel + i) * in.pixel;
-    return;
-  }
+GemmConvolution::Cursor GemmConvolution::cursor(int64_t pixel) const {
   const int64_t image = out.h * out.w;
-  int64_t n = pixel / image, y = pixel % image / out.w, x = pixel % out.w;
-  for (int i = 0; i < count; i++) {
-    const uint8_t* base = input + n * in.h * in.w * in.pixel;
-    const int64_t* columns = column_offset.data() + x * kernel_w;
-    const int64_t* lines = line_offset.data() + y * kernel_h;
+  return {pixel / image, pixel % image / out.w, pixel % out.w};
+}
+
+void GemmConvolution::find_rows(const uint8_t* input, Cursor& at, int count,
+                                const uint8_t** rows) const {
+  const int columns_of_window = whole_lines ? 1 : kernel_w;
+  const int64_t image = in.h * in.w * in.pixel;
+  int i = 0;
+  while (i < count) {
+    const uint8_t* base = input + at.n * image;
+    const int64_t* columns = column_offset.data() + at.x * columns_of_window;
+    const int64_t* lines = line_offset.data() + at.y * kernel_h;
     const uint8_t** row = rows + i;
-    for (int ky = 0; ky < kernel_h; ky++) {
-      const int64_t line = lines[ky];
-      for (int kx = 0; kx < kernel_w; kx++) {
-        const int64_t offset = columns[kx];
-        // Offsets are negative in the padding.
-        *row = (line | offset) < 0 ? padding_row : base + line + offset;
-        row += count;
+    int64_t pixels = 1;
+    if (at.x >= first_inside && at.x < last_inside) {
+      // Neighbours in a line, none of which sees the padding at the sides: eight pointers at once.
+      pixels = std::min<int64_t>({count - i, last_inside - at.x, 8});
+      const __mmask8 mask = static_cast<__mmask8>((1u << pixels) - 1);
+      for (int ky = 0; ky < kernel_h; ky++) {
+        const bool padded = lines[ky] < 0;
+        for (int kx = 0; kx < columns_of_window; kx++) {
+          const uint8_t* first = padded ? padding_row : base + lines[ky] + columns[kx];
+          const __m512i start = _mm512_set1_epi64(reinterpret_cast<int64_t>(first));
+          const __m512i all = _mm512_add_epi64(start, _mm512_loadu_si512(steps));
+          _mm512_mask_storeu_epi64(row, mask, padded ? start : all);
+          row += count;
+        }
+      }
+    } else {
+      for (int ky = 0; ky < kernel_h; ky++) {
+        for (int kx = 0; kx < columns_of_window; kx++) {
+          // Offsets are negative in the padding.
+          *row = (lines[ky] | columns[kx]) < 0 ? padding_row : base + lines[ky] + columns[kx];
+          row += count;
+        }
       }
     }
-    if (++x == out.w) {
-      x = 0;
-      if (++y == out.h) {
-        y = 0;
-        n++;
+    i += static_cast<int>(pixels);
+    at.x += pixels;
+    if (at.x == out.w) {
+      at.x = 0;
+      if (++at.y == out.h) {
+        at.y = 0;
+        at.n++;
       }
     }
   }

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 #include "depthwise.h"
@@ -78,16 +79,25 @@ int64_t fxq_move_arguments_size() { return sizeof(MoveArguments); }
 Plan* fxq_plan_create() { return new Plan; }
 void fxq_plan_destroy(Plan* plan) { delete plan; }
 
+// channel_at[i]: the channel whose constants are the i-th; -1 for none.
 static void set_constants(Plan* plan, Requantize& r, const ConvolutionArguments& a,
-                          const int64_t* position, int64_t padded) {
-  // position[channel]: where its constants lie among `padded`.
+                          const std::vector<int64_t>& channel_at) {
+  const size_t padded = channel_at.size();
   const int64_t inputs = a.in.c / a.groups, window = int64_t{a.kernel_h} * a.kernel_w;
   auto* correction = plan->keep<int32_t>(padded);
   auto *scale = plan->keep<float>(padded), *bias = plan->keep<float>(padded);
-  for (int64_t o = 0; o < a.out.c; o++) {
-    int64_t sum = 0;
-    for (int64_t i = 0; i < inputs * window; i++) sum += a.weight[o * inputs * window + i];
-    const int64_t at = position[o];
+  double largest = 0;  // of the results
+  for (size_t at = 0; at < padded; at++) {
+    const int64_t o = channel_at[at];
+    if (o < 0) continue;
+    int64_t sum = 0, magnitude = 0;
+    for (int64_t i = 0; i < inputs * window; i++) {
+      const int64_t weight = a.weight[o * inputs * window + i];
+      sum += weight;
+      magnitude += std::abs(weight);
+    }
+    const double reach = 255.0 * magnitude * a.in_scale * std::fabs(a.weight_scale[o]);
+    largest = std::max(largest, (reach + (a.bias ? std::fabs(a.bias[o]) : 0)) * a.inverse + 255);
     correction[at] = static_cast<int32_t>(-sum * a.in_zero_point);
     scale[at] = a.weight_scale[o];
     bias[at] = a.bias == nullptr ? 0.0f : a.bias[o];
@@ -112,7 +122,8 @@ static void set_constants(Plan* plan, Requantize& r, const ConvolutionArguments&
                  a.beta,
                  nullptr,
                  a.other_scale,
-                 a.other_zero_point};
+                 a.other_zero_point,
+                 largest < 1e9};
 }
 
 static const uint8_t* padding_row(Plan* plan, const ConvolutionArguments& a) {
@@ -131,41 +142,41 @@ static void add_depthwise(Plan* plan, const ConvolutionArguments& a) {
   d.dilation_h = a.dilation_h, d.dilation_w = a.dilation_w;
   d.tile_pixels = 1;
   d.column_groups = a.kernel_w <= 4 ? 1 : 2;
-  if (a.dilation_w == 1) {
+  const int64_t whole = round_up(a.out.c, 64);
+  const int64_t period = std::lcm(a.out.c, int64_t{64});  // bytes until pixels and chunks meet again
+  const bool dense = a.in.pixel == a.in.c && a.out.pixel == a.out.c &&
+                     (!a.has_other || a.other.pixel == a.other.c);
+  d.flat = dense && a.stride_w == 1 && 10 * a.out.c < 7 * whole && period <= 64 * 32;
+  if (a.dilation_w == 1 && !d.flat) {
     if (a.stride_w == 1 && a.kernel_w <= 3) d.tile_pixels = 2;
     if (a.stride_w == 1 && a.kernel_w == 5) d.tile_pixels = 4;
     if (a.stride_w == 1 && (a.kernel_w == 6 || a.kernel_w == 7)) d.tile_pixels = 2;
     if (a.stride_w == 2 && (a.kernel_w == 5 || a.kernel_w == 6)) d.tile_pixels = 2;
   }
-  const int64_t chunks = round_up(a.out.c, 64) / 64;
+  const int64_t chunks = (d.flat ? period : whole) / 64;
+  d.chunks = static_cast<int>(chunks);
   const int64_t group_size = int64_t{d.tile_pixels} * 256;
   auto* packed = plan->keep<int8_t>(chunks * a.kernel_h * d.column_groups * group_size);
-  for (int64_t chunk = 0; chunk < chunks; chunk++) {
-    for (int64_t lane = 0; lane < 64; lane++) {
-      const int64_t channel = chunk * 64 + depthwise_channel(static_cast<int>(lane));
-      if (channel >= a.out.c) continue;
-      for (int64_t ky = 0; ky < a.kernel_h; ky++) {
-        for (int64_t column = 0; column < 4 * d.column_groups; column++) {
-          for (int64_t t = 0; t < d.tile_pixels; t++) {
-            const int64_t kx = column - t * a.stride_w;
-            if (kx < 0 || kx >= a.kernel_w) continue;
-            const int64_t group = (chunk * a.kernel_h + ky) * d.column_groups + column / 4;
-            packed[group * group_size + t * 256 + lane * 4 + column % 4] =
-                a.weight[(channel * a.kernel_h + ky) * a.kernel_w + kx];
-          }
+  std::vector<int64_t> channel_at(chunks * 64, -1);  // of each lane
+  for (int64_t lane = 0; lane < chunks * 64; lane++) {
+    const int64_t byte = lane / 64 * 64 + depthwise_channel(static_cast<int>(lane % 64));
+    const int64_t channel = d.flat ? byte % a.out.c : byte;
+    if (channel >= a.out.c) continue;
+    channel_at[lane] = channel;
+    for (int64_t ky = 0; ky < a.kernel_h; ky++) {
+      for (int64_t column = 0; column < 4 * d.column_groups; column++) {
+        for (int64_t t = 0; t < d.tile_pixels; t++) {
+          const int64_t kx = column - t * a.stride_w;
+          if (kx < 0 || kx >= a.kernel_w) continue;
+          const int64_t group = (lane / 64 * a.kernel_h + ky) * d.column_groups + column / 4;
+          packed[group * group_size + t * 256 + lane % 64 * 4 + column % 4] =
+              a.weight[(channel * a.kernel_h + ky) * a.kernel_w + kx];
         }
       }
     }
   }
   d.weights = packed;
-  std::vector<int64_t> position(a.out.c);
-  for (int64_t lane = 0; lane < 64; lane++) {
-    for (int64_t chunk = 0; chunk < chunks; chunk++) {
-      const int64_t channel = chunk * 64 + depthwise_channel(static_cast<int>(lane));
-      if (channel < a.out.c) position[channel] = chunk * 64 + lane;
-    }
-  }
-  set_constants(plan, d.requantize, a, position.data(), chunks * 64);
+  set_constants(plan, d.requantize, a, channel_at);
   d.padding_row = padding_row(plan, a);
   plan->add(std::move(step));
 }
@@ -179,6 +190,8 @@ void fxq_add_convolution(Plan* plan, const ConvolutionArguments* arguments) {
   g.groups = a.groups, g.kernel_h = a.kernel_h, g.kernel_w = a.kernel_w;
   g.pointwise = a.kernel_h * a.kernel_w == 1 && a.stride_h == 1 && a.stride_w == 1 &&
                 a.padding_h == 0 && a.padding_w == 0;
+  g.whole_lines = a.in.pixel == 4 && a.in.c <= 4 && a.groups == 1 && a.padding_w == 0 &&
+                  a.dilation_w == 1 && a.kernel_w <= 16;
   const int64_t inputs = a.in.c / a.groups, outputs = a.out.c / a.groups;
   const int64_t fours = round_up(inputs, 4) / 4, window = int64_t{a.kernel_h} * a.kernel_w;
   g.channels = channel_blocks(outputs);
@@ -208,9 +221,9 @@ void fxq_add_convolution(Plan* plan, const ConvolutionArguments* arguments) {
   }
   g.weights = packed;
   const int64_t padded = round_up(outputs, 16);
-  std::vector<int64_t> position(a.out.c);
-  for (int64_t o = 0; o < a.out.c; o++) position[o] = o / outputs * padded + o % outputs;
-  set_constants(plan, g.requantize, a, position.data(), a.groups * padded);
+  std::vector<int64_t> channel_at(a.groups * padded, -1);
+  for (int64_t o = 0; o < a.out.c; o++) channel_at[o / outputs * padded + o % outputs] = o;
+  set_constants(plan, g.requantize, a, channel_at);
   g.padding_row = padding_row(plan, a);
   if (!g.pointwise) {
     for (int64_t y = 0; y < a.out.h; y++) {
@@ -219,10 +232,16 @@ void fxq_add_convolution(Plan* plan, const ConvolutionArguments* arguments) {
         g.line_offset.push_back(iy < 0 || iy >= a.in.h ? -1 : iy * a.in.w * a.in.pixel);
       }
     }
+    const int64_t reach = int64_t{a.dilation_w} * (a.kernel_w - 1);
+    g.first_inside = (a.padding_w + a.stride_w - 1) / a.stride_w;
+    const int64_t room = a.in.w + a.padding_w - 1 - reach;
+    g.last_inside = room < 0 ? 0 : std::min(a.out.w, room / a.stride_w + 1);
+    for (int64_t i = 0; i < 8; i++) g.steps[i] = i * a.stride_w * a.in.pixel;
     for (int64_t x = 0; x < a.out.w; x++) {
       for (int64_t kx = 0; kx < a.kernel_w; kx++) {
         const int64_t ix = x * a.stride_w - a.padding_w + kx * a.dilation_w;
         g.column_offset.push_back(ix < 0 || ix >= a.in.w ? -1 : ix * a.in.pixel);
+        if (g.whole_lines) break;
       }
     }
   }
@@ -235,6 +254,7 @@ void fxq_add_quantize(Plan* plan, const MoveArguments* a) {
   step->stride_n = a->stride_n, step->stride_c = a->stride_c;
   step->stride_h = a->stride_h, step->stride_w = a->stride_w;
   step->inverse = a->inverse, step->zero_point = a->zero_point;
+  step->margin = a->padding_w;
   plan->add(std::move(step));
 }
 

@@ -30,7 +30,8 @@ void MaxPool::run(const Call& call, const Worker& worker) const {
                           mask, input + ((n * in.h + iy) * in.w + ix) * in.pixel + c));
           }
         }
-        _mm512_mask_storeu_epi8(output + (line * out.w + column) * out.pixel + c, mask, best);
+        store_bytes(output + (line * out.w + column) * out.pixel + c, best,
+                    std::min<int64_t>(64, out.c - c));
       }
     }
   }
@@ -70,8 +71,7 @@ void AveragePool::run(const Call& call, const Worker& worker) const {
         const __m512i q =
             to_int(_mm512_add_ps(rounded, _mm512_set1_ps(static_cast<float>(zero_point))),
                    _mm512_setzero_ps(), _mm512_set1_ps(255.0f));
-        _mm_mask_storeu_epi8(output + (line * out.w + column) * out.pixel + c, mask,
-                             _mm512_cvtepi32_epi8(q));
+        store_16(output + (line * out.w + column) * out.pixel + c, q, out.c - c);
       }
     }
   }
@@ -144,7 +144,7 @@ void GlobalMean::run(const Call& call, const Worker& worker) const {
       for (int k = 1; k < 4; k++) part[0] = _mm512_add_ps(part[0], part[k]);
       sum = part[0];
     }
-    _mm512_mask_storeu_ps(output + n * out.pixel + c, mask, _mm512_div_ps(sum, count));
+    store_16(output + n * out.pixel + c, _mm512_div_ps(sum, count), out.c - c);
   }
 }
 

@@ -22,6 +22,7 @@ struct Requantize {
   float alpha, beta;          // bounds of `clamp`
   const uint8_t* other;       // what oneDNN's sum adds, at the output's pixels; or null
   float other_scale, other_zero_point;
+  int32_t bounded;  // no result can leave int32 in front of the clamp
 };
 
 // e^x of oneDNN's elementwise kernels (oneDNN 3, f32 on AVX512).
