@@ -156,9 +156,8 @@ class OptimizedModel(nn.Module):
         self(*inputs)
         program = self._programs.get(None if self.unavailable else _key(inputs))
         if program is None:
-            raise NativeUnavailableError(
-                f"there is no native plan for these inputs: {self.unavailable or 'results differed'}"
-            )
+            reason = self.unavailable or "results differed"
+            raise NativeUnavailableError(f"there is no native plan for these inputs: {reason}")
         times: dict[int, float] = {}
         with torch.no_grad():
             for _ in range(max(repeats, 1)):

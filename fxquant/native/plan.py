@@ -94,7 +94,7 @@ class Value:
 
 @dataclass
 class Step:
-    """One step: a kind, the values it reads and writes, the other fields, and whose work it does."""
+    """One step: its kind, the values it reads and writes, other fields, and whose work it does."""
 
     kind: str
     reads: Mapping[str, Value]
