@@ -117,7 +117,9 @@ def reasons(floats: Mapping[str, list[OpRow]]) -> list[tuple[str, int, str]]:
 
 def _general(reason: str) -> str:
     """The first sentence of a reason, without names of one model."""
-    text = re.split(r"\.\s|; runs in FP32 on|\s\(by |, \S+\.py:", reason)[0]
+    if reason.startswith("opaque island"):
+        return "an opaque island: what it only calls is quantized"
+    text = re.split(r"\.\s|; runs in FP32 on|\s\(by ", reason)[0]
     return re.sub(r"operand \S+ is", "an operand is", re.sub(r"'[^']*'", "it", text))
 
 

@@ -8,8 +8,8 @@ import warnings
 import torch
 from torch import nn
 
-from fxquant.capture import _recording_builtins
 from fxquant.models_zoo.registry import ZooEntry
+from fxquant.tracer import recording_builtins
 
 TORCH_AO_ENGINES = ("x86", "fbgemm", "onednn", "qnnpack")
 
@@ -29,7 +29,7 @@ def torch_ao(entry: ZooEntry, engine: str) -> nn.Module:
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # deprecations of the peer
-            with _recording_builtins():  # torch.fx itself cannot trace max over shapes
+            with recording_builtins():  # torch.fx itself cannot trace max over shapes
                 prepared = prepare_fx(
                     model, get_default_qconfig_mapping(engine), entry.example_inputs
                 )

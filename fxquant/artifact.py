@@ -21,7 +21,6 @@ from torch import Tensor, fx, nn
 
 from fxquant._version import __version__
 from fxquant.autocast import without_autocast
-from fxquant.capture import own_copy
 from fxquant.channel_mean import ChannelMean
 from fxquant.config_file import qconfig_from_plain, qconfig_to_plain
 from fxquant.errors import ArtifactError, Diagnostics, StrictModeError, did_you_mean
@@ -40,6 +39,7 @@ from fxquant.kernel_table import KernelTable, table_of
 from fxquant.machine import made_on
 from fxquant.op_catalog import KIND_BY_FUNCTION, KIND_BY_METHOD
 from fxquant.op_view import attribute
+from fxquant.own_copy import own_copy
 from fxquant.pass_manager import PassContext, run_pass
 from fxquant.passes.inline_modules import InlineModules
 from fxquant.passes.inline_references import inlined

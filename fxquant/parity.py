@@ -19,7 +19,8 @@ are counted as *ties*: both integers are half a step from the truth. Everything 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -29,7 +30,7 @@ from torch import Tensor, fx, nn
 
 from fxquant.autocast import without_autocast
 from fxquant.errors import ConfigError
-from fxquant.graph_module import QuantGraphModule, Stage
+from fxquant.graph_module import QuantGraphModule, Stage, parts_below
 from fxquant.kernels import as_bytes, as_quantized
 from fxquant.metadata import record_of
 from fxquant.op_view import Op, attribute, op_of
@@ -162,24 +163,67 @@ def parity(
         inputs: as ``example_inputs`` of :func:`fxquant.prepare_fx`.
 
     Returns:
-        One row per kernel, in the order in which they ran.
+        One row per kernel, in the order in which they ran; those in an island behind the others.
 
     Raises:
         ConfigError: the two models are not what they should be, or do not belong together.
     """
-    reference = _reference(prepared_or_reference)
-    _check_lowered(reference, int8_model)
-    nodes = {node.name: node for node in reference.graph.nodes}
     args, kwargs = as_arguments(inputs)
-    names = int8_model.state.signature[len(args) :]
-    recorder = _Recorder(int8_model, nodes)
     with torch.no_grad():
-        recorder.run(*args, *(kwargs[name] for name in names if name in kwargs))
-        rows = [
-            _compare(reference, nodes[name], lowered, recorder.values)
-            for name, lowered in recorder.kernels.items()
-        ]
+        rows = _rows(_reference(prepared_or_reference), int8_model, args, kwargs)
     return ParityReport(rows=tuple(rows))
+
+
+def _rows(
+    whole: QuantGraphModule,
+    lowered: QuantGraphModule,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Iterator[ParityRow]:
+    """The kernels of a graph, then those of the graphs in its islands, each at its first call."""
+    reference = shifted(inlined(whole))
+    _check_lowered(reference, lowered)
+    nodes = {node.name: node for node in reference.graph.nodes}
+    recorder = _Recorder(lowered, nodes)
+    parts = list(parts_below(lowered))
+    with _first_calls(parts) as calls:
+        recorder.run(*_in_order(lowered, args, kwargs))
+    for name, node in recorder.kernels.items():
+        yield _compare(reference, nodes[name], node, recorder.values)
+    for theirs, part in zip(parts_below(whole), parts, strict=True):
+        if id(part) in calls:
+            yield from _rows(theirs, part, *calls[id(part)])
+
+
+@contextmanager
+def _first_calls(
+    parts: Iterable[nn.Module],
+) -> Iterator[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """Notes the arguments of the first call of each module, by its id."""
+    found: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if id(module) not in found:
+            found[id(module)] = copy.deepcopy((args, kwargs))
+
+    hooks = [part.register_forward_pre_hook(note, with_kwargs=True) for part in parts]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _in_order(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Arguments as an interpreter takes them, by position."""
+    inputs = {str(n.target): n for n in gm.graph.nodes if n.op == "placeholder"}
+    values = list(args)
+    for name in list(inputs)[len(args) :]:
+        if name in kwargs:
+            values.append(kwargs[name])
+        elif inputs[name].args:
+            values.append(inputs[name].args[0])
+    return values
 
 
 def _reference(model: QuantGraphModule) -> QuantGraphModule:
@@ -187,7 +231,7 @@ def _reference(model: QuantGraphModule) -> QuantGraphModule:
     if stage is Stage.PREPARED and model.state.target != "x86-compat":
         return convert_to_reference_fx(model)
     if stage is Stage.REFERENCE:
-        return shifted(inlined(model))
+        return model
     if stage is Stage.PREPARED:
         raise ConfigError(
             "parity() got a model that fxquant.compat prepared, which only fxquant.compat converts"

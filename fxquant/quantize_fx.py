@@ -13,7 +13,7 @@ from typing import Any, Final
 from torch import fx, nn
 
 from fxquant.autocast import without_autocast
-from fxquant.capture import capture, own_copy, take_apart, warn_of_islands
+from fxquant.capture import capture, warn_of_islands
 from fxquant.errors import (
     CaptureError,
     ConfigError,
@@ -30,6 +30,7 @@ from fxquant.kernel_table import KernelTable, table_of
 from fxquant.late_code import code_written_once
 from fxquant.ledger import build_ledger
 from fxquant.op_view import Form, op_of
+from fxquant.own_copy import own_copy, take_apart
 from fxquant.pass_manager import PassContext, Pipeline
 from fxquant.passes.convert_nested import ConvertNested
 from fxquant.passes.nest_modules import NestModules

@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_map
 
 from fxquant.aten import is_aten
-from fxquant.capture import capture, give_defaults, own_copy
+from fxquant.capture import capture
 from fxquant.errors import (
     CaptureError,
     CaptureWarning,
@@ -29,7 +29,9 @@ from fxquant.errors import (
 from fxquant.graph_module import QuantGraphModule
 from fxquant.islands import SWAPPED, CaptureOptions, Island, find_islands, holder_of
 from fxquant.ledger import build_ledger
+from fxquant.own_copy import own_copy
 from fxquant.shapes import as_arguments, record_shapes
+from fxquant.traced_names import give_defaults
 
 _RECURRENT: Final = (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
 """Modules that a graph must call: traced through, they are functions without int8 kernels."""

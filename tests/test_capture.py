@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxquant.capture import capture, own_copy, warn_of_islands
+from fxquant.capture import capture, warn_of_islands
 from fxquant.errors import (
     CaptureError,
     CaptureWarning,
@@ -26,6 +26,7 @@ from fxquant.errors import (
 )
 from fxquant.graph_module import QuantGraphModule, Stage
 from fxquant.metadata import record_of
+from fxquant.own_copy import own_copy
 from fxquant.qconfig import default_per_channel_qconfig
 from fxquant.quantize_fx import fuse_fx, prepare_fx
 

@@ -46,7 +46,9 @@ from fxquant.errors import ConfigError, StrictModeError, UntraceableError
 from fxquant.graph_module import Stage, graphs_in, parts_below
 from fxquant.inputs import bind_examples
 from fxquant.kernel_trace import kernels_of_call
+from fxquant.metadata import record_of
 from fxquant.op_rows import Runs
+from fxquant.parity import parity
 
 X = torch.randn(8, 16, generator=torch.Generator().manual_seed(3))
 
@@ -933,6 +935,25 @@ def test_a_fixed_input_need_not_be_given() -> None:
     torch.testing.assert_close(gm(X, scale=2.0), model(X, 3, 2.0))
     with pytest.raises((AssertionError, ValueError), match="mode"):
         gm(X, 0)
+
+
+def test_parity_looks_into_islands() -> None:
+    torch.manual_seed(0)
+    gm, _ = prepared(net(Decoder))
+    gm(X)
+    int8 = convert_fx(gm)
+    report = parity(gm, int8, (X,))
+    assert report.ok
+    inside = {n.name: n for g in parts_below(int8) for n in g.graph.nodes if record_of(n).kernel}
+    assert len(inside) >= 2
+    kernels = {row.kernel for row in report.rows}
+    assert {record_of(node).kernel for node in inside.values()} <= kernels
+    part = next(parts_below(int8))
+    node = next(n for n in part.graph.nodes if "qlinear" in record_of(n).kernel)
+    node.args = (node.args[0], node.args[1] * 1.01, *node.args[2:])
+    part.recompile()
+    failures = parity(gm, int8, (X,)).failures
+    assert [row.kernel for row in failures] == [record_of(node).kernel]
 
 
 def test_fuse_fx_tells_of_islands() -> None:

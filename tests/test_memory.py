@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fxquant import artifact
-from fxquant.capture import own_copy, take_apart
 from fxquant.graph_module import QuantGraphModule
+from fxquant.own_copy import own_copy, take_apart
 from fxquant.quantize_fx import convert_fx, convert_to_reference_fx, fuse_fx, prepare_fx
 from fxquant.slices import all_finite, by_rows, quantize_rows, row_slices, scaled_rows
 from fxquant.specs import QParams, QuantSpec, quantize

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from torch import fx, nn
 
-from fxquant.capture import capture, own_copy
+from fxquant.capture import capture
 from fxquant.compat.custom_modules import nested_observed
 from fxquant.compat.graph_meta import MAPPING, preserve, set_qconfigs
 from fxquant.compat.nested import nested_standalone
@@ -25,6 +25,7 @@ from fxquant.fake_quantize import FakeQuantizeBase
 from fxquant.graph_module import PRESERVED_ATTRIBUTES, QuantGraphModule, set_attribute
 from fxquant.ledger import build_ledger
 from fxquant.metadata import record_of, update_record
+from fxquant.own_copy import own_copy
 from fxquant.pass_manager import PassContext, Pipeline
 from fxquant.passes.mark_boundary import MarkBoundary
 from fxquant.passes.nest_modules import Nested, NestModules

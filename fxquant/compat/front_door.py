@@ -9,7 +9,7 @@ from typing import Any, Final
 from torch import fx, nn
 
 from fxquant.backend_config import BackendConfig, as_backend_config
-from fxquant.capture import capture, own_copy
+from fxquant.capture import capture
 from fxquant.compat.adopt import Adopter
 from fxquant.compat.graph_meta import MAPPING, preserve, remove_qconfigs, set_qconfigs
 from fxquant.compat.nested import Converting, Nesting
@@ -33,6 +33,7 @@ from fxquant.graph_codec import encode_graph
 from fxquant.graph_module import QuantGraphModule, Stage
 from fxquant.ledger import build_ledger
 from fxquant.metadata import add_reason, record_of, update_record
+from fxquant.own_copy import own_copy
 from fxquant.pass_manager import PassContext, Pipeline
 from fxquant.passes.convert_nested import ConvertNested
 from fxquant.passes.mark_boundary import MarkBoundary

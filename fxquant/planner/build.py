@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fxquant.capture import take_apart
 from fxquant.errors import Diagnostics
 from fxquant.graph_codec import encode_graph
 from fxquant.graph_module import QuantGraphModule
+from fxquant.own_copy import take_apart
 from fxquant.pass_manager import PassContext
 from fxquant.pipelines import lowering_pipeline
 from fxquant.sensitivity.network import Assignment, CalibratedNetwork

@@ -26,12 +26,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx
 
-from fxquant.capture import own_copy
 from fxquant.graph_module import QuantGraphModule
 from fxquant.inputs import BoundInterpreter
 from fxquant.metadata import record_of
 from fxquant.observed import weight_qparams
 from fxquant.op_view import attribute, op_of
+from fxquant.own_copy import own_copy
 from fxquant.sensitivity.activations import tensors_in
 from fxquant.sensitivity.feeding import BoundBatch, count_inputs
 from fxquant.sensitivity.layers import Layer

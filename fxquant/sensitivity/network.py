@@ -18,12 +18,13 @@ import torch
 from torch import fx, nn
 
 from fxquant.calibration import Forward
-from fxquant.capture import capture, own_copy
+from fxquant.capture import capture
 from fxquant.errors import CalibrationError, ConfigError, Diagnostics, did_you_mean
 from fxquant.graph_module import QuantGraphModule
 from fxquant.ledger import build_ledger
 from fxquant.metadata import record_of, update_record
 from fxquant.op_view import op_of
+from fxquant.own_copy import own_copy
 from fxquant.pass_manager import Pass, PassContext, run_pass
 from fxquant.passes.fuse_patterns import FusePatterns
 from fxquant.passes.insert_channel_means import CHANNEL_AXES

@@ -44,13 +44,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxquant.autocast import no_autocast
-from fxquant.capture import own_copy
 from fxquant.dataflow import is_float_tensor
 from fxquant.errors import ConfigError
 from fxquant.graph_module import QuantGraphModule
 from fxquant.metadata import record_of
 from fxquant.op_view import attribute, op_of
 from fxquant.operators import DEQUANTIZE, QUANTIZE, QUANTIZE_DYNAMIC
+from fxquant.own_copy import own_copy
 from fxquant.passes.absorb_clamps import AbsorbClamps
 from fxquant.passes.cancel_quantize import CancelQuantize
 from fxquant.rewriter import GraphRewriter

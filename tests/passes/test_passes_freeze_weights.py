@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxquant.capture import own_copy
 from fxquant.fake_quantize import FakeQuantize, default_weight_fake_quant, disable_observer
 from fxquant.graph_module import QuantGraphModule
 from fxquant.metadata import record_of
+from fxquant.own_copy import own_copy
 from fxquant.passes.freeze_weights import FreezeWeights, trained_parameters
 from fxquant.qat_modules import TrainedQParams, holds_training_modules
 from fxquant.qconfig import default_qat_qconfig
