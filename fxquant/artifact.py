@@ -11,7 +11,7 @@ import json
 import operator
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     islands: Mapping[str, nn.Module] | None = None,
+    classes: Collection[type] = (),
     tune: bool | KernelTable = False,
     strict: bool = False,
 ) -> QuantGraphModule:
@@ -132,6 +133,7 @@ def load(
         islands: path -> float module, for the modules of the model that could not be traced
             (``"model"`` where that was the whole model), but those inside another: a file holds no
             code. The modules are copied; their tensors come from the file.
+        classes: the dataclasses and named tuples that the model returns, for the same reason.
         tune: choose the kernels of a lowered model by measurement on this machine, as
             :func:`fxquant.convert_fx` does.
         strict: turn warnings of lowering into errors.
@@ -139,11 +141,13 @@ def load(
     Raises:
         FileNotFoundError: there is no such file.
         ArtifactError: the file is corrupt, of a newer format, or calls something that is not an
-            operator; or ``islands`` lacks a module, or has another.
+            operator; or ``islands`` lacks a module, or has another; or ``classes`` lacks one.
     """
     header, tensors = _read(Path(path))
     given = dict(islands or {})
-    reader = _Reader(Path(path), given, _described(header["made_on"]), tune=tune, strict=strict)
+    names = frozenset(fx.node._get_qualified_name(kind) for kind in classes)
+    origin = _described(header["made_on"])
+    reader = _Reader(Path(path), given, names, origin, tune=tune, strict=strict)
     result = reader.graph(header, tensors)
     unknown = sorted(given.keys() - reader.used)
     if unknown:
@@ -160,6 +164,7 @@ class _Reader:
     Attributes:
         path: of the file.
         islands: what the caller gave.
+        classes: the names of those that the caller gave.
         origin: the machine that it was made on.
         tune: kernels are chosen by measurement.
         strict: warnings of lowering are errors.
@@ -170,6 +175,7 @@ class _Reader:
         self,
         path: Path,
         islands: Mapping[str, nn.Module],
+        classes: Collection[str],
         origin: str,
         *,
         tune: bool | KernelTable,
@@ -177,6 +183,7 @@ class _Reader:
     ) -> None:
         self.path = path
         self.islands = islands
+        self.classes = classes
         self.origin = origin
         self.tune = tune
         self.strict = strict
@@ -209,7 +216,7 @@ class _Reader:
                 like = torch.empty_like(tensors[name], memory_format=torch.channels_last)
                 tensors[name] = like.copy_(tensors[name])
             root = self._root(tensors, header["modules"])
-            _check_targets(nodes)
+            _check_targets(nodes, self.classes)
             stage = Stage(header["stage"])
             bare = replace(state, stage=Stage.REFERENCE if stage is Stage.LOWERED else stage)
             result = QuantGraphModule(root, decode_graph(nodes), state=bare)
@@ -428,13 +435,24 @@ def _read(path: Path, *, tensors: bool = True) -> tuple[dict[str, Any], dict[str
     return header, found
 
 
-def _check_targets(nodes: Iterable[EncodedNode]) -> None:
-    """Refuse a graph that calls anything but operators: a file must not run arbitrary code."""
+def _check_targets(nodes: Iterable[EncodedNode], classes: Collection[str]) -> None:
+    """Refuse a graph that calls anything but operators: a file must not run arbitrary code.
+
+    Args:
+        nodes: of the graph.
+        classes: names of classes that the caller lets it call.
+    """
     for node in nodes:
         if node.op == "call_method" and not _method_is_safe(node.target):
             raise ArtifactError(f"the file calls the method {node.target!r}, which is no operator")
-        if node.op == "call_function" and not _function_is_safe(node):
-            raise ArtifactError(f"the file calls {node.target!r}, which is no operator")
+        if node.op != "call_function" or node.target.removeprefix("fn:") in classes:
+            continue
+        if not _function_is_safe(node):
+            name = node.target.removeprefix("fn:")
+            raise ArtifactError(
+                f"the file calls {name!r}, which is no operator. Where that is the class of what"
+                f" the model returns, pass classes=[{name.rpartition('.')[2]}]"
+            )
 
 
 def _method_is_safe(name: str) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from fxquant import (
+    ArtifactError,
     CalibrationWarning,
     CaptureError,
     CaptureWarning,
@@ -154,7 +155,7 @@ class Caches(nn.Module):
         return {"result": result, "kept": object()} if keep else result
 
 
-def test_fixed_inputs_of_an_export() -> None:
+def test_fixed_inputs_of_an_export(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, inputs = Caches().eval(), (floats(2, 3, 8, 8), floats(2, 3, 8, 8))
     with pytest.warns(CaptureWarning, match=r"torch\.export captured the model instead"):
@@ -171,6 +172,11 @@ def test_fixed_inputs_of_an_export() -> None:
     with pytest.raises(ShapeGuardError, match="keep == False"):
         int8(*inputs, keep=True)
     assert {row.kind for row in explain(int8).rows} <= {"add", "conv2d", "mean", "linear", "mul"}
+    save(int8, tmp_path / "model.fxq")
+    again = load(tmp_path / "model.fxq", classes=[Result])
+    assert torch.equal(again(*inputs).y, int8(*inputs).y)
+    with pytest.raises(ArtifactError, match=r"no operator.*classes=\[Result\]"):
+        load(tmp_path / "model.fxq", classes=[Caches])
 
 
 def test_a_fixed_input_does_not_hide_why_nothing_captures() -> None:

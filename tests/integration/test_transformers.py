@@ -6,6 +6,7 @@ import importlib.util
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.brought import tokens, transformer
 from benchmarks.models import WEIGHTED, first, share
+from fxquant.artifact import load, save
 from fxquant.audit import audit
 from fxquant.calibration import calibrate
 from fxquant.errors import CaptureWarning
@@ -112,7 +114,7 @@ def _check(case: Case, model: nn.Module, int8: nn.Module, least: float) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
-def test_from_prepare_to_convert(name: str) -> None:
+def test_from_prepare_to_convert(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     model = transformer(name, **case.sizes).eval()
     fixed = {"use_cache": False} if name == "GPT2LMHeadModel" else {}
@@ -129,6 +131,9 @@ def test_from_prepare_to_convert(name: str) -> None:
     result = parity(reference, int8, case.inputs())
     assert result.ok, str(result)
     _check(case, _Fixed(model, fixed), int8, 25.0)
+    save(int8, tmp_path / "model.fxq")
+    again = load(tmp_path / "model.fxq", classes=[type(wanted)])
+    assert torch.equal(first(again(**inputs)), first(int8(**inputs)))
 
 
 class _Fixed(nn.Module):
