@@ -59,6 +59,7 @@ class Fact(Enum):
     WEIGHTS_FOLDED = "no weight is quantized at run time"
     WEIGHTS_FIT = "no weight overflows the sums of a kernel of this machine"
     LOWERED = "ops are kernels of the target"
+    WEIGHTS_LAID_OUT = "convolutions in floating point write channels_last, as int8 kernels do"
     BOUNDARY_GUARDED = "inputs are checked and outputs have the float model's layout"
     PACKED = "packed constants exist"
 

@@ -29,6 +29,7 @@ from fxquant.passes.insert_channel_means import InsertChannelMeans
 from fxquant.passes.insert_observers import InsertObservers
 from fxquant.passes.insert_shared_observers import InsertSharedObservers
 from fxquant.passes.join_fused import JoinFused
+from fxquant.passes.lay_out_weights import LayOutWeights
 from fxquant.passes.lower import Lower
 from fxquant.passes.mark_boundary import MarkBoundary
 from fxquant.passes.nest_modules import NestModules
@@ -221,6 +222,7 @@ def lowering_pipeline(made_on: str = "", kernels: KernelTable | None = None) -> 
         (
             FitWeights(made_on),  # a graph from another machine may overflow kernels of this one
             Lower(kernels),  # kernels, in graph order
+            LayOutWeights(),  # what is left is floating point
             GuardBoundary(),  # callers see the float model's inputs and outputs
             Prepack(),  # weights packed once, not per call
         ),

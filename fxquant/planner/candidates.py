@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 import torch
 
 from fxquant.errors import ConfigError, did_you_mean
-from fxquant.observers import HistogramObserver, MinMaxObserver, PartialFactory
 from fxquant.planner.problem import FLOAT
 from fxquant.qconfig import (
     QConfig,
@@ -17,10 +16,10 @@ from fxquant.qconfig import (
     float16_dynamic_qconfig,
     float16_static_qconfig,
     get_default_dynamic_qconfig,
-    get_default_qconfig,
     spec_of,
 )
-from fxquant.range_rules import EntropyRule, MSERule, PercentileRule, RangeRule
+from fxquant.range_rules import EntropyRule, MinMaxRule, MSERule, PercentileRule, RangeRule
+from fxquant.sensitivity.cures import ActivationRange, PerChannelWeights, WeightRange
 from fxquant.sensitivity.network import FP32, INT8, Precision
 
 INTEGERS: Final = "int8"
@@ -29,34 +28,8 @@ INTEGERS: Final = "int8"
 DEFAULT: Final = (FP32, INT8)
 
 
-def _with_rule(rule: RangeRule) -> Callable[[QConfig], QConfig]:
-    def changed(qconfig: QConfig) -> QConfig:
-        return _with_activation(qconfig, HistogramObserver.with_args(rule=rule))
-
-    return changed
-
-
-def _with_minmax(qconfig: QConfig) -> QConfig:
-    return _with_activation(qconfig, MinMaxObserver.with_args())
-
-
-def _with_activation(qconfig: QConfig, observer: PartialFactory) -> QConfig:
-    """``qconfig`` with another observer of the same integers."""
-    found = spec_of(qconfig.activation)
-    if found is None or found.spec is None or found.spec.is_dynamic or found.spec.is_float:
-        return qconfig
-    spec = found.spec
-    arguments = {
-        "dtype": spec.dtype,
-        "qscheme": spec.qscheme,
-        "quant_min": spec.quant_min,
-        "quant_max": spec.quant_max,
-    }
-    return QConfig(activation=observer.with_args(**arguments), weight=qconfig.weight)
-
-
-def _with_channels(qconfig: QConfig) -> QConfig:
-    return QConfig(activation=qconfig.activation, weight=get_default_qconfig("x86").weight)
+def _range(name: str, rule: RangeRule) -> ActivationRange:
+    return ActivationRange(name=name, words=f"{name} activation ranges", rule=rule)
 
 
 CANDIDATES: Final[Mapping[str, Precision]] = {
@@ -64,15 +37,17 @@ CANDIDATES: Final[Mapping[str, Precision]] = {
     "fp16": float16_static_qconfig,
     "int8-dynamic": get_default_dynamic_qconfig(),
     "weight-only": float16_dynamic_qconfig,
-    "int8-per-channel": _with_channels,
-    "int8-minmax": _with_minmax,
-    "int8-percentile": _with_rule(PercentileRule(0.9999)),
-    "int8-mse": _with_rule(MSERule()),
-    "int8-entropy": _with_rule(EntropyRule()),
+    "int8-per-channel": PerChannelWeights(),
+    "int8-minmax": _range("min-max", MinMaxRule()),
+    "int8-percentile": _range("percentile", PercentileRule(0.9999)),
+    "int8-mse": _range("mse", MSERule()),
+    "int8-entropy": _range("entropy", EntropyRule()),
+    "int8-weights-mse": WeightRange(rule=MSERule()),
+    "int8-weights-percentile": WeightRange(rule=PercentileRule(0.999)),
 }
 """Beside ``fp32`` and ``int8`` (what the mapping says): half precision; int8 weights with
 activations quantized at run time; float16 weights and FP32 sums; int8 with weights of one scale a
-channel; and int8 with another rule for the range of what the layer reads."""
+channel; and int8 with another rule for the range of what the layer reads, or of its weights."""
 
 _HALF: Final = (torch.bfloat16, torch.float16)
 

@@ -81,10 +81,9 @@ class _TimedGraph:
             call = _callable(self.gm, node)
             self.steps.append(_Step(node.name, call, node.args, node.kwargs, uses))
 
-    def run(self, record: Mapping[str, list[float]] | None) -> None:
+    def run(self, record: Mapping[str, list[float]] | None, clock: Clock) -> None:
         """Run every step; note its seconds where asked."""
         values: dict[str, Any] = dict(self.inputs)
-        clock = time.perf_counter
         for step in self.steps:
             args = fx.map_arg(step.args, lambda n: values[n.name])
             kwargs = fx.map_arg(step.kwargs, lambda n: values[n.name])
@@ -117,6 +116,7 @@ def node_times(
     repeats: int = 15,
     warmup: int = 3,
     after_round: Callable[[], object] | None = None,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, NodeTimes]:
     """Time every node of several graphs, the graphs taking turns.
 
@@ -126,6 +126,7 @@ def node_times(
         repeats: rounds that are timed.
         warmup: rounds before them that are not.
         after_round: called after every round.
+        clock: gives seconds, see :func:`call_times`.
 
     Returns:
         name -> times.
@@ -143,11 +144,11 @@ def node_times(
                 for name in _turned(list(graphs), number):
                     counts = number >= warmup
                     graphs[name](*bound.args, **bound.kwargs)
-                    start = time.perf_counter()
+                    start = clock()
                     graphs[name](*bound.args, **bound.kwargs)
                     if counts:
-                        wholes[name].append(time.perf_counter() - start)
-                    timed[name].run(records[name] if counts else None)
+                        wholes[name].append(clock() - start)
+                    timed[name].run(records[name] if counts else None, clock)
                 if after_round is not None:
                     after_round()
     finally:

@@ -95,7 +95,8 @@ class Plan:
         feasible: the measured figures keep to the budget.
         exact: the search found the cheapest plan at each price it tried.
         layers: every layer, in graph order.
-        models: ``fp32``, ``int8`` (all layers), ``greedy`` and ``plan``: what was measured.
+        models: ``fp32``, ``int8`` (all layers), ``first-last`` (those two in FP32, all others in
+            int8), ``greedy`` and ``plan``: what was measured.
         predicted: the same -> costs from those of layers and conversions.
         choices: the same -> layer -> candidate.
         front: plans between the extremes, fastest first.

@@ -58,6 +58,8 @@ from fxquant.sensitivity.network import Assignment as NetworkAssignment
 STRATEGIES: Final = ("min-cut", "greedy", "hawq-v2", "pareto", "random", "exhaustive")
 """The searches, by name."""
 
+FIRST_LAST: Final = "first-last"
+"""Name of the plan that keeps the first and the last layer in FP32, and no other."""
 _SAMPLES: Final = 2000
 _FRONT: Final = 12
 _SHARES: Final = (1.0, 0.75, 0.5, 0.25, 0.0)
@@ -265,10 +267,12 @@ def _plan(
     ends = {FP32: problem.uniform([FP32]), INT8: problem.uniform(lowest)}
     figures = selection.baseline(ends)
     by_hand = selection.pick(search.assignments("greedy"))
+    beside = {FIRST_LAST: _first_last(priced, ends[INT8]), "greedy": by_hand}
     chosen = selection.pick_timed([*search.assignments(name), *ends.values()])
-    final, words = selection.repaired(chosen, repairs)
+    repaired, words = selection.repaired(chosen, repairs)
+    final, exchanged = selection.fastest(repaired, beside)
     limits = _limits(selection, chosen)
-    found = {**ends, "greedy": by_hand, "plan": final}
+    found = {**ends, **beside, "plan": final}
     figures = selection.timed(found)
     return Plan(
         budget=budget,
@@ -282,10 +286,21 @@ def _plan(
         front=_front(search, selection, [final], measure=measure_front),
         gap=gap_to_exhaustive(problem, chosen, limits, budget.objective),
         bound=_bound(search, limits, budget.objective),
-        repairs=words,
+        repairs=words + exchanged,
         history=tuple(_history(selection)),
         network=search.network,
     )
+
+
+def _first_last(priced: Priced, lowest: Assignment) -> Assignment:
+    """``lowest`` with the first and the last layer in FP32, as habit has it."""
+    layers = [n for n, unit in enumerate(priced.wiring.units) if unit.layer is not None]
+    found = list(lowest)
+    for number in (layers[0], layers[-1]):
+        names = [choice.name for choice in priced.problem.choices[number]]
+        if FP32 in names:
+            found[number] = names.index(FP32)
+    return tuple(found)
 
 
 def _warn_of(plan: Plan) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -26,7 +27,7 @@ from fxquant.op_rows import Runs, rows_of
 from fxquant.planner.build import lowered
 from fxquant.planner.cache import LatencyCache, graph_key
 from fxquant.planner.candidates import INTEGERS, representation_of
-from fxquant.planner.clock import NodeTimes, node_times
+from fxquant.planner.clock import Clock, NodeTimes, node_times
 from fxquant.planner.problem import FLOAT, OUTSIDE, Choice, Costs, Edge, Problem
 from fxquant.planner.units import Share, Unit, Wiring, shares_of, wiring_of
 from fxquant.run_record import constants_of
@@ -104,6 +105,7 @@ def price(
     *,
     cache: LatencyCache,
     repeats: int = 15,
+    clock: Clock = time.perf_counter,
 ) -> Priced:
     """Measure everything that a search needs.
 
@@ -114,6 +116,7 @@ def price(
         damages: gives the damage of each layer in each precision that it can have.
         cache: where latencies are kept.
         repeats: rounds in which each graph is timed.
+        clock: gives seconds.
     """
     wiring = wiring_of(network)
     known = [name for name in precisions if name != FP32]
@@ -126,7 +129,7 @@ def price(
         pair: _graph(network, wiring, _alternating(wiring, offered, pair), kinds)
         for pair in _pairs(kinds, precisions)
     }
-    measured = _measure([*graphs.values(), *mixed.values()], wiring, bound, cache, repeats)
+    measured = _measure([*graphs.values(), *mixed.values()], wiring, bound, cache, repeats, clock)
     by_layer = {
         unit.layer.name: [name for name in offered[number] if name != FP32]
         for number, unit in enumerate(wiring.units)
@@ -228,13 +231,14 @@ def _measure(
     bound: inspect.BoundArguments,
     cache: LatencyCache,
     repeats: int,
+    clock: Clock,
 ) -> int:
     """Fill in the times of all graphs; how many were not in the cache."""
     keys = [graph_key(graph.gm, bound) for graph in graphs]
     found = {key: cache.get(key) for key in keys}
     missing = {key: g.gm for key, g in zip(keys, graphs, strict=True) if found[key] is None}
     if missing:
-        measured = node_times(missing, bound, repeats=repeats)
+        measured = node_times(missing, bound, repeats=repeats, clock=clock)
         cache.put(measured)
         found |= measured
     for key, graph in zip(keys, graphs, strict=True):

@@ -14,6 +14,7 @@ module              holds
 ``estimates``       fast modes: first order, Hessian
 ``probes``          distributions and ranges of weights and inputs
 ``cures``           what may save a fragile layer from FP32
+``equalized``       equalization, tried on the whole network where weights have one scale
 ``policy``          what is fragile, and what becomes of it
 ``costs``           accuracy and latency of what can be chosen
 ``configuration``   from decisions to mappings, dicts and code

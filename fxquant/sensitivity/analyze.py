@@ -26,6 +26,7 @@ from fxquant.qconfig_mapping import QConfigMapping
 from fxquant.sensitivity.configuration import Configuration
 from fxquant.sensitivity.costs import costs_of_choices, lowered_share
 from fxquant.sensitivity.cures import CURES
+from fxquant.sensitivity.equalized import equalized_choices
 from fxquant.sensitivity.estimates import ESTIMATES, Estimator
 from fxquant.sensitivity.feeding import count_inputs
 from fxquant.sensitivity.layers import GRANULARITIES, Layer, group_layers
@@ -393,6 +394,8 @@ class _Analysis:
                 report = replace(report, cumulative=self._cumulative(sweep, order))
             if costs and self.given.dtypes[0] == INT8:
                 choices = costs_of_choices(report, self.model, sweep)
+                if cures:
+                    choices += equalized_choices(report, self.model, sweep)
                 report = replace(report, choices=choices)
         except KeyboardInterrupt:
             return replace(report, complete=False)

@@ -58,6 +58,36 @@ class PerChannelWeights:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WeightRange:
+    """Another rule for the range of weights, with as many scales as they have.
+
+    Attributes:
+        rule: how a range is chosen from the histogram.
+    """
+
+    rule: RangeRule
+
+    def __call__(self, qconfig: QConfig) -> QConfig:
+        """``qconfig`` with that rule; itself where it has no integer weights."""
+        factory = spec_of(qconfig.weight)
+        spec = None if factory is None else factory.spec
+        if spec is None or spec.is_float or spec.has_float_zero_point:
+            return qconfig
+        options = {
+            "dtype": spec.dtype,
+            "qscheme": spec.qscheme,
+            "quant_min": spec.quant_min,
+            "quant_max": spec.quant_max,
+            "rule": self.rule,
+        }
+        if spec.is_per_channel:
+            weight = PerChannelHistogramObserver.with_args(**options, ch_axis=spec.ch_axis or 0)
+        else:
+            weight = HistogramObserver.with_args(**options)
+        return QConfig(activation=qconfig.activation, weight=weight)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationRange:
     """Another rule for the range of activations.
 

@@ -115,6 +115,8 @@ class CalibratedNetwork:
         annotated: the same with the specs that lowering everything gives its ops.
         layers: what can be lowered, in graph order.
         batches: the inputs of each batch, bound to the graph's placeholders.
+        watched_batches: the same of the batches that ranges come from.
+        bias_correction: whether biases make up for rounded weights.
         precisions: every precision by name; ``INT8`` stands for the mapping and has no qconfig of
             its own.
 
@@ -161,10 +163,11 @@ class CalibratedNetwork:
         for item in pipeline.passes[:at]:
             run_pass(item, self.graph, context)
         self.batches = bind_batches(self.graph, batches, forward)
-        watched_batches = self.batches
+        self.bias_correction = bias_correction
+        self.watched_batches = self.batches
         if calibration_data is not None:
-            watched_batches = bind_batches(self.graph, calibration_data, forward)
-        self.statistics = Statistics(self.graph, watched_batches)
+            self.watched_batches = bind_batches(self.graph, calibration_data, forward)
+        self.statistics = Statistics(self.graph, self.watched_batches)
         names = [INT8, *(name for name in self.precisions if name != FP32)]
         self._annotations = {name: self._annotated(name) for name in names}
         self.annotated = self._annotations[INT8]

@@ -9,7 +9,7 @@ from fxquant.sensitivity.network import FP32
 from fxquant.sensitivity.policy import UNCURED, Decision
 from fxquant.sensitivity.results import LayerResult
 
-_SPREAD = 8.0  # three of eight bits are lost in the smallest channel
+_SPREAD = 8.0
 _OUTLIERS = 4.0
 
 
@@ -47,10 +47,9 @@ def cause_of(result: LayerResult) -> str:
     """Which part of a layer makes the error, and what is peculiar about it."""
     noises = {part: m.noise for part, m in result.parts.items() if part in ("weight", "input")}
     ranges = result.ranges
-    spread = ranges.channel_spread
     by_weight = (
-        f"channel ranges of the weight spread 1:{spread:.0f} under one scale"
-        if ranges.per_tensor and spread is not None and spread >= _SPREAD
+        f"channel ranges of the weight spread 1:{ranges.channel_spread:.0f} under one scale"
+        if has_unlike_channels(result)
         else ""
     )
     by_input = (
@@ -69,6 +68,12 @@ def cause_of(result: LayerResult) -> str:
     if worst == "weight" and starved:
         detail += f"; {starved} of {ranges.channels} channels use less than 8 of 127 steps"
     return f"{text}: {detail.removeprefix('; ')}" if detail else text
+
+
+def has_unlike_channels(result: LayerResult) -> bool:
+    """Whether one scale serves weight channels so unlike that the smallest loses three bits."""
+    spread = result.ranges.channel_spread
+    return result.ranges.per_tensor and spread is not None and spread >= _SPREAD
 
 
 def _cured(result: LayerResult, cure: str, precision: str) -> str:

@@ -7,6 +7,7 @@ after the round.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from fxquant.errors import ConfigError
+
+_MEETINGS = itertools.count()
+"""Processes come to each of them in the same order, as they run the same script."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -106,7 +110,7 @@ def team(distributed: bool | None) -> Iterator[Team]:
                 "distributed=True joins processes that torchrun started: run torchrun"
                 " --nproc-per-node=4 script.py, or set up torch.distributed before"
             )
-        dist.init_process_group("gloo")
+        _join()
     try:
         yield Team(dist.get_rank(), dist.get_world_size())
         if joined:
@@ -114,3 +118,17 @@ def team(distributed: bool | None) -> Iterator[Team]:
     finally:
         if joined:
             dist.destroy_process_group()
+
+
+def _join() -> None:
+    """Meet the other processes that torchrun started.
+
+    What an earlier meeting wrote to torchrun's store is still there, the addresses of connections
+    that were closed among it: every meeting has keys of its own.
+    """
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, size = next(rendezvous("env://"))
+    store = PrefixStore(f"fxquant-{next(_MEETINGS)}", store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)

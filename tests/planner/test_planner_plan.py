@@ -18,7 +18,6 @@ from fxquant import (
     ConfigWarning,
     EntropyRule,
     HistogramObserver,
-    MinMaxObserver,
     MinMaxRule,
     MSERule,
     PercentileRule,
@@ -223,6 +222,7 @@ def test_the_models_beside_the_plan(case: Case) -> None:
     plan, x = case.plan, case.data[0]
     assert plan.choices["plan"] == plan.precisions
     assert set(plan.choices["int8"].values()) == {"int8"}
+    assert plan.choices["first-last"] == plan.choices["int8"] | {"a": "fp32", "head": "fp32"}
     with torch.no_grad():
         assert torch.allclose(plan.convert("fp32")(x), case.model(x), atol=1e-5)
         assert not torch.allclose(plan.convert("int8")(x), case.model(x), atol=1e-5)
@@ -278,7 +278,7 @@ def test_the_plan_prints(case: Case) -> None:
     assert (
         f"budget: accuracy drop <= {BUDGET}, latency <= 1000 x FP32 (met); made small: size" in text
     )
-    for name in ("fp32", "int8", "greedy", "plan"):
+    for name in ("fp32", "int8", "first-last", "greedy", "plan"):
         assert f"\n{name} " in text
     assert "Pareto front" in plan.to_markdown()
     plain = json.loads(plan.to_json())
@@ -385,23 +385,21 @@ def test_the_cache_knows_graphs_by_form(network: CalibratedNetwork, model: nn.Mo
 
 
 @pytest.mark.parametrize(
-    ("name", "observer", "rule"),
+    ("name", "rule"),
     [
-        ("int8-minmax", MinMaxObserver, MinMaxRule),
-        ("int8-percentile", HistogramObserver, PercentileRule),
-        ("int8-mse", HistogramObserver, MSERule),
-        ("int8-entropy", HistogramObserver, EntropyRule),
+        ("int8-minmax", MinMaxRule),
+        ("int8-percentile", PercentileRule),
+        ("int8-mse", MSERule),
+        ("int8-entropy", EntropyRule),
     ],
 )
-def test_observer_candidates_keep_the_integers(
-    name: str, observer: type[nn.Module], rule: type
-) -> None:
+def test_candidates_for_activations_keep_the_integers(name: str, rule: type) -> None:
     change = CANDIDATES[name]
     assert callable(change)
     before = get_default_qconfig("x86")
     after = change(before)
     made = after.activation()
-    assert type(made) is observer
+    assert type(made) is HistogramObserver
     assert type(made.rule) is rule
     assert made.spec == before.activation().spec
     assert after.weight == before.weight
@@ -409,3 +407,38 @@ def test_observer_candidates_keep_the_integers(
     assert representation_of(after) == "int8"
     assert representation_of(default_dynamic_qconfig) == representation_of(None) == "float"
     assert representation_of(bfloat16_static_qconfig) == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [("int8-weights-mse", MSERule), ("int8-weights-percentile", PercentileRule)],
+)
+@pytest.mark.parametrize("before", [get_default_qconfig("x86"), PER_TENSOR])
+def test_candidates_for_weights_keep_the_integers(name: str, rule: type, before: QConfig) -> None:
+    change = CANDIDATES[name]
+    assert callable(change)
+    after = change(before)
+    made = after.weight()
+    assert type(made.rule) is rule
+    assert made.spec == before.weight().spec
+    assert after.activation == before.activation
+    assert change(bfloat16_static_qconfig) == bfloat16_static_qconfig
+
+
+def test_weights_with_an_outlier_get_another_range() -> None:
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)).eval(), [torch.randn(64, 64)]
+    with torch.no_grad():
+        model[0].weight[0, 0] = 40.0
+    data[0][:, 0] = 0.0  # nothing reads the outlier
+    plan = plan_of(
+        model,
+        data,
+        budget={"size": "0.4x"},
+        qconfig_mapping={"": PER_TENSOR},
+        candidates=["fp32", "int8", "int8-weights-percentile"],
+    )
+    assert plan.precisions["0"] == "int8-weights-percentile"
+    costs = plan.layers[0].costs
+    assert costs["int8-weights-percentile"].damage < 0.01 * costs["int8"].damage
+    assert costs["int8-weights-percentile"].latency == costs["int8"].latency  # the same kernels

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -158,3 +159,34 @@ def test_latencies_over_the_budget(budget: Budget, expected: float) -> None:
     mine = Figures(0.0, 0.0, 0.0, 0, 0.0, latency=3.0, fastest=1.0)
     floats = Figures(0.0, 0.0, 0.0, 0, 0.0, latency=9.0, fastest=2.0)
     assert excess_of(budget, mine, floats) == pytest.approx(expected)
+
+
+def timed_by(made: Made, seconds: Callable[[Assignment], float]) -> None:
+    """Let ``made`` measure latencies by a rule."""
+
+    def timed(assignments: Mapping[str, Assignment]) -> dict[str, Figures]:
+        return {
+            name: replace(made.figures(a), latency=seconds(a)) for name, a in assignments.items()
+        }
+
+    made.timed = timed  # type: ignore[method-assign]
+
+
+def test_another_accurate_plan_is_taken_where_it_is_measured_faster() -> None:
+    start, fast, wrong = (1, 1, 1, 0, 0, 0), (1, 1, 0, 1, 0, 0), (1, 1, 1, 1, 1, 1)
+    made, _ = selection({"accuracy_drop": 7})
+    seconds = {start: 3.0, fast: 2.0, wrong: 1.0}
+    timed_by(made, lambda a: seconds[a])
+    found, words = made.fastest(start, {"fast": fast, "wrong": wrong})
+    assert found == fast
+    assert words == ("all layers as in 'fast', 2e+03 ms and not 3e+03 (measured)",)
+    assert made.fastest(fast, {"start": start, "wrong": wrong}) == (fast, ())
+    seconds[fast] = 2.97  # no more than noise
+    assert made.fastest(start, {"fast": fast}) == (start, ())
+    assert made.fastest(wrong, {"fast": fast}) == (wrong, ())  # that is for the repair
+
+
+def test_what_is_not_made_small_is_not_measured() -> None:
+    made, judge = selection({"accuracy_drop": 7, "latency": "99 s"})
+    assert made.fastest((0,) * COUNT, {"other": (1,) + (0,) * (COUNT - 1)}) == ((0,) * COUNT, ())
+    assert judge.asked == []

@@ -22,6 +22,7 @@ from fxquant import (
     default_dynamic_qconfig,
     default_per_channel_weight_observer,
     default_weight_observer,
+    equalize,
     fuse_fx,
     get_default_qconfig,
     prepare_fx,
@@ -389,3 +390,51 @@ def test_without_data_the_ends_stay_in_fp32_as_a_prior() -> None:
     everything = report.decisions(keep_first_last_fp32=False)
     assert all(d.precision == "int8" for d in everything.values())
     assert report.qconfig_mapping().module_name_qconfigs["fc"] is None
+
+
+class Unlike(nn.Module):
+    """Two convolutions between which a channel is 100 times the others; it may be clamped."""
+
+    def __init__(self, *, clamped: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+        self.between = nn.ReLU6() if clamped else nn.ReLU()
+        with torch.no_grad():
+            self.a.weight[0] *= 100
+            self.a.bias[0] *= 100
+            self.b.weight[:, 0] /= 100
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(self.between(self.a(x)))
+        return y.flatten(1)
+
+
+@pytest.mark.parametrize("clamped", [False, True])
+def test_equalization_is_tried_where_one_scale_serves_unlike_channels(*, clamped: bool) -> None:
+    model = Unlike(clamped=clamped).eval()
+    data = [torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    mapping = {"": PER_TENSOR}
+    report = analyze_sensitivity(model, data, qconfig_mapping=mapping, attribution=None)
+    found = {c.name: c.measurement for c in report.choices if c.measurement is not None}
+    ways = {"everything in int8, equalized": "keep"}
+    if clamped:
+        ways["everything in int8, equalized, relu6='relu'"] = "relu"
+    assert [name for name in found if "equalized" in name] == list(ways)
+    for name, relu6 in ways.items():
+        equal = equalize(model, (data[0],), relu6=relu6)
+        reference = convert_to_reference_fx(
+            calibrate(prepare_fx(equal, mapping, (data[0],)), data, progress=False)
+        )
+        with torch.no_grad():
+            expected = sqnr([model(x) for x in data], [reference(x) for x in data])
+        assert found[name].output.sqnr == pytest.approx(expected, abs=1e-4)
+    gained = (
+        found["everything in int8, equalized"].output.sqnr - report.baseline["int8"].output.sqnr
+    )
+    assert abs(gained) < 0.1 if clamped else gained > 6
+    options: dict[str, Any] = {"cures": False, "attribution": None}
+    none = analyze_sensitivity(model, data, qconfig_mapping=mapping, **options)
+    assert not any("equalized" in choice.name for choice in none.choices)
+    again = SensitivityReport.from_json(report.to_json())
+    assert again.choices == report.choices

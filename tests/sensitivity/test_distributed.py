@@ -39,20 +39,37 @@ report.to_json({output!r} + str(rank))
 """
 
 
-@pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
-def test_two_processes_give_the_report_of_one(tmp_path: Path) -> None:
-    script, output = tmp_path / "script.py", str(tmp_path / "report")
-    resume = str(tmp_path / "sweep.json")
-    script.write_text(
-        SCRIPT.format(folder=str(FOLDER), output=output, options=OPTIONS, resume=resume)
-    )
+MEETINGS = """
+from fxquant.sensitivity.workers import team
+
+for number in range(6):
+    with team(True) as members:
+        assert members.gather((number, members.rank)) == [(number, 0), (number, 1)]
+"""
+
+
+def run_two(script: Path, text: str, *, timeout: int) -> None:
+    """Run ``text`` in two processes that torchrun starts."""
+    script.write_text(text)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node=2", str(script)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+        command, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+def test_processes_meet_again_in_one_script(tmp_path: Path) -> None:
+    run_two(tmp_path / "script.py", MEETINGS, timeout=120)
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+def test_two_processes_give_the_report_of_one(tmp_path: Path) -> None:
+    output, resume = str(tmp_path / "report"), str(tmp_path / "sweep.json")
+    text = SCRIPT.format(folder=str(FOLDER), output=output, options=OPTIONS, resume=resume)
+    run_two(tmp_path / "script.py", text, timeout=300)
     alone = analyze_sensitivity(made(Gates), batches(Gates), **OPTIONS)  # type: ignore[arg-type]  # a dict of options
     for rank in "01":
         report = SensitivityReport.from_json(Path(output + rank))

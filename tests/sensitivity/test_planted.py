@@ -219,6 +219,13 @@ def test_mobilenet_names_the_depthwise_layers_their_spread_and_the_cure(data_dir
         before = report[name].measurements["int8"].output.sqnr
         cured = report.decisions()[name].cure
         assert report[name].cures[cured].output.sqnr > before + 10
-    everything, verdicts = report.baseline["int8"], report.choices[-1].measurement
+    choices = {choice.name: choice.measurement for choice in report.choices}
+    everything, verdicts = report.baseline["int8"], choices["the verdicts"]
     assert verdicts is not None
     assert verdicts.output.sqnr > everything.output.sqnr + 10
+    # relu6 stands between all layers: as it is, nothing can be equalized
+    kept, opened = (choices[f"everything in int8, equalized{w}"] for w in ("", ", relu6='relu'"))
+    assert kept is not None
+    assert opened is not None
+    assert kept.output.sqnr == pytest.approx(everything.output.sqnr, abs=1)
+    assert max(kept.output.sqnr, opened.output.sqnr) < verdicts.output.sqnr - 10

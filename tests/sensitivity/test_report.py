@@ -103,7 +103,8 @@ def test_choices_have_latencies_and_shares(report: SensitivityReport) -> None:
     names = [choice.name for choice in report.choices]
     assert names[0] == "FP32"
     assert "everything in int8" in names
-    assert all(c.milliseconds is not None and c.milliseconds > 0 for c in report.choices)
+    assert names[-1] == "everything in int8, equalized, relu6='relu'"  # the kernels of int8
+    assert all(c.milliseconds for c in report.choices if "equalized" not in c.name)
     ends = next(c for c in report.choices if c.name.startswith("first and last"))
     assert ends.fp32_layers == ("stem.0", "fc")
     macs = {r.name: r.layer.macs or 0 for r in report.results}
@@ -207,7 +208,8 @@ def test_the_figure_draws_every_layer(report: SensitivityReport) -> None:
     heights = [bar.get_height() for bar in bars.patches]
     assert heights == [report.damage(r.name, "mse") for r in report.results]
     assert len(steps.lines[0].get_xdata()) == len(report.results)
-    assert len(choices.collections) == len(report.choices) - 1
+    timed = [c for c in report.choices if c.measurement and c.milliseconds]
+    assert len(choices.collections) == len(timed) > 1
 
 
 class Page(HTMLParser):
