@@ -218,6 +218,49 @@ def test_networks(model: Callable[[], nn.Module]) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 40), (5, 40), (2, 7, 40)], ids=str)
+@pytest.mark.parametrize("scale", [0.0, 1e-7, 1.0, 300.0])
+def test_dynamic_linears(bias: bool, shape: tuple[int, ...], scale: float) -> None:
+    layers = [nn.Linear(40, 64, bias=bias), nn.ReLU(), nn.Linear(64, 19, bias=bias)]
+    int8 = fxquant.quantize_dynamic(nn.Sequential(*layers).eval())
+    optimized = optimize(int8)
+    for offset in (-3.0, 0.0, 3.0):  # ranges on one side of zero, too
+        for _ in range(2):
+            x = (torch.randn(shape) + offset) * scale
+            assert torch.equal(optimized(x), int8(x))
+    (program,) = optimized.plans()
+    assert program.called == ()
+
+
+@needs_native
+def test_an_input_of_several_dynamic_linears_is_quantized_once() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.layer_norm(x, (32,))
+            return F.softmax(self.q(x) @ self.k(x).transpose(1, 2), -1)
+
+    int8, x = fxquant.quantize_dynamic(Heads().eval()), torch.randn(2, 9, 32)
+    optimized = optimize(int8, (x,))
+    assert torch.equal(optimized(x), int8(x))
+    (program,) = optimized.plans()
+    assert [s.kind for s in program.plan.steps].count("quantize") == 1
+    assert "softmax" in str(optimized)
+
+
+@needs_native
+def test_the_profile_names_every_step() -> None:
+    int8, x = _int8(_classifier(32), 3, 20, 20), torch.randn(1, 3, 20, 20)
+    table = optimize(int8, (x,)).profile(x, repeats=2)
+    for word in ("convolution", "quantize", "global_mean", "3x3/1 from 3", "GMAC/s"):
+        assert word in table
+
+
+@needs_native
 def test_what_has_no_rule_is_left_to_torch_and_named() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3), nn.ConvTranspose2d(16, 16, 2, 2), nn.Conv2d(16, 8, 1), nn.GELU(),

@@ -19,6 +19,7 @@ from typing import Any, Final
 import torch
 
 from fxquant.errors import NativeUnavailableError
+from fxquant.machine_file import CACHE_VARIABLE, default_folder
 
 _SOURCES: Final = Path(__file__).parent / "src"
 _FLAGS: Final = [
@@ -38,7 +39,6 @@ _FLAGS: Final = [
     "-mbmi2",
 ]
 _COMPILERS: Final = ("g++", "clang++", "c++")
-_CACHE_VARIABLE: Final = "FXQUANT_CACHE"
 
 
 class TensorArgument(Structure):
@@ -63,6 +63,7 @@ class ConvolutionArguments(Structure):
         ("in_", TensorArgument),
         ("out", TensorArgument),
         ("other", TensorArgument),
+        ("parameters", TensorArgument),
         ("weight", c_void_p),
         ("weight_scale", c_void_p),
         ("bias", c_void_p),
@@ -84,7 +85,7 @@ class ConvolutionArguments(Structure):
                 "activation",
                 "in_zero_point",
                 "depthwise",
-                "unused",
+                "dynamic",
             ]
         ),
         *(
@@ -144,6 +145,7 @@ class MoveArguments(Structure):
 
 MOVES: Final = (
     "quantize",
+    "choose",
     "dequantize",
     "add",
     "multiply",
@@ -204,20 +206,12 @@ def exponential() -> int | None:
     return ctypes.cast(function, c_void_p).value
 
 
-def cache_folder() -> Path:
-    """Where the library is kept: ``$FXQUANT_CACHE``, or ``fxquant`` in the user's cache folder."""
-    chosen = os.environ.get(_CACHE_VARIABLE)
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxquant"
-
-
 def _built() -> Path:
     sources = sorted(_SOURCES.glob("*.cpp"))
     contents = hashlib.sha256(" ".join(_FLAGS).encode())
     for source in sorted(_SOURCES.iterdir()):
         contents.update(source.name.encode() + source.read_bytes())
-    target = cache_folder() / f"native-{contents.hexdigest()[:16]}.so"
+    target = default_folder() / f"native-{contents.hexdigest()[:16]}.so"
     if target.exists():
         return target
     compiler = _compiler()
@@ -230,7 +224,7 @@ def _built() -> Path:
     except OSError as error:
         raise NativeUnavailableError(
             f"cannot keep the native kernels in {target.parent}: {error}. Name another folder in"
-            f" the environment variable {_CACHE_VARIABLE}"
+            f" the environment variable {CACHE_VARIABLE}"
         ) from error
     return target
 

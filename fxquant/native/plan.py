@@ -177,6 +177,19 @@ class PlanBuilder:
         given: dict[str, Any] = {name: getattr(value, name) for name in value.__dataclass_fields__}
         return Value(**(given | changes))
 
+    def hand_over(self, value: Value) -> bool:
+        """Let the last step write ``value`` where the caller can have it, if that is all it is.
+
+        Floats only: kernels that read bytes read a little further than they use.
+        """
+        if not self.steps or self.steps[-1].out is not value or value.buffer.slot:
+            return False
+        if value.dtype != torch.float32 or value.offset or value.pixel != value.sizes[3]:
+            return False
+        value.buffer.slot = self.slots
+        self.slots += 1
+        return True
+
     def add(
         self,
         kind: str,
@@ -252,6 +265,8 @@ class Plan:
             for name, value in step.reads.items():
                 setattr(arguments, name, value.argument())
             for name, value in step.fields.items():
+                if not hasattr(arguments, name):
+                    raise AttributeError(f"{structure.__name__} has no field {name!r}")
                 setattr(arguments, name, value)
             getattr(library, f"fxq_add_{step.kind}")(self._plan, ctypes.byref(arguments))
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from fxquant.graph_module import QuantGraphModule
 from fxquant.native.plan import Plan, PlanBuilder, Value
-from fxquant.native.translate import Meta, Translation, translate
+from fxquant.native.translate import Meta, Translation, contiguous, translate
 from fxquant.op_view import attribute
 
 
@@ -104,7 +104,7 @@ class _Compiler:
     def bring(self, node: fx.Node) -> Value | None:
         """What torch computed as a value of the plan."""
         meta = self.metas.get(node)
-        if meta is None or len(meta.shape) not in (2, 4) or 0 in meta.shape:
+        if meta is None or len(meta.shape) not in (2, 3, 4) or 0 in meta.shape:
             return None
         if meta.dtype == torch.float32:
             outside = self.builder.external(meta.shape, torch.float32)
@@ -131,10 +131,14 @@ class _Compiler:
         meta = self.metas[node]
         if value.bytes_of is not None:
             self.translation.floats(node)
-        out = self.builder.external(value.shape, value.dtype)
         stride = _channels_last(value.shape)
-        self.instructions.append(Exported(node, out.buffer.slot, meta, stride))
-        self.builder.add("copy", {"a": value}, out, element=value.element)
+        unflushed = len(self.builder.steps) > self.done
+        if unflushed and self.builder.hand_over(value):
+            self.instructions.append(Exported(node, value.buffer.slot, meta, stride))
+        else:
+            out = self.builder.external(value.shape, value.dtype)
+            self.instructions.append(Exported(node, out.buffer.slot, meta, stride))
+            self.builder.add("copy", {"a": value}, out, element=value.element)
         self.exported.add(node)
         self.flush()
 
@@ -143,10 +147,7 @@ def _channels_last(shape: tuple[int, ...]) -> tuple[int, ...]:
     if len(shape) == 4:
         _, c, h, w = shape
         return (h * w * c, 1, w * c, c)
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.insert(0, strides[0] * size)
-    return tuple(strides)
+    return contiguous(shape)
 
 
 class Program:
@@ -172,6 +173,7 @@ class Program:
         self._constants = {
             n: attribute(gm, str(n.target)) for n in gm.graph.nodes if n.op == "get_attr"
         }
+        self._last_uses = _last_uses(compiler, self._output)
         self._arenas: list[Tensor] = []
 
     def run(
@@ -193,36 +195,70 @@ class Program:
         start = arena.data_ptr()
         slots[0] = start + (-start) % 64
         env: dict[fx.Node, Any] = dict(zip(self._placeholders, inputs, strict=True))
-        keep: list[Tensor] = []
+        held: dict[int, Tensor] = {}  # memory that slots point to
 
         def argument(node: fx.Node) -> Any:
             return env[node] if node in env else self._constants[node]
 
-        for step in self._instructions:
+        for step, unused in zip(self._instructions, self._last_uses, strict=True):
             if isinstance(step, Native):
-                if timed is None:
-                    self.plan.run(slots, step.first, step.last, threads)
-                    continue
-                for index in range(step.first, step.last):
-                    start_time = perf_counter()
-                    self.plan.run(slots, index, index + 1, threads)
-                    seconds = perf_counter() - start_time
-                    timed[index] = min(timed.get(index, seconds), seconds)
+                self._run_native(slots, step, threads, timed)
             elif isinstance(step, Imported):
                 tensor = _with_stride(argument(step.node), step.stride)
-                keep.append(tensor)
+                held[step.slot] = tensor
                 slots[step.slot] = tensor.data_ptr()
             elif isinstance(step, Exported):
                 made = _empty(step.meta, step.stride)
-                env[step.node] = made
+                env[step.node] = held[step.slot] = made
                 slots[step.slot] = made.data_ptr()
             else:
                 node = step.node
                 args = fx.map_arg(node.args, argument)
                 kwargs = fx.map_arg(node.kwargs, argument)
                 env[node] = _call(self._gm, node, args, kwargs)
+            for name in unused:  # so that the allocator can hand the memory out again while warm
+                if isinstance(name, int):
+                    del held[name]
+                else:
+                    env.pop(name, None)
         self._arenas.append(arena)
         return fx.map_arg(self._output, argument)
+
+    def _run_native(
+        self, slots: Any, step: Native, threads: int, timed: dict[int, float] | None
+    ) -> None:
+        if timed is None:
+            self.plan.run(slots, step.first, step.last, threads)
+            return
+        for index in range(step.first, step.last):
+            start = perf_counter()
+            self.plan.run(slots, index, index + 1, threads)
+            seconds = perf_counter() - start
+            timed[index] = min(timed.get(index, seconds), seconds)
+
+
+def _last_uses(compiler: _Compiler, output: Any) -> tuple[tuple[fx.Node | int, ...], ...]:
+    """For each instruction, what nobody needs behind it: nodes, and slots of the plan."""
+    last: dict[fx.Node | int, int] = {}
+    for index, step in enumerate(compiler.instructions):
+        if isinstance(step, Native):
+            for inner in compiler.builder.steps[step.first : step.last]:
+                for value in (*inner.reads.values(), inner.out):
+                    if value.buffer.slot:
+                        last[value.buffer.slot] = index
+        elif isinstance(step, Called):
+            last.update(dict.fromkeys(step.node.all_input_nodes, index))
+        else:
+            last[step.node] = last[step.slot] = index
+    needed: list[fx.Node] = []
+    fx.map_arg(output, needed.append)
+    for node in needed:
+        last.pop(node, None)
+    found: list[list[fx.Node | int]] = [[] for _ in compiler.instructions]
+    for name, index in last.items():
+        if isinstance(name, int) or name.op != "get_attr":
+            found[index].append(name)
+    return tuple(map(tuple, found))
 
 
 def _call(gm: fx.GraphModule, node: fx.Node, args: Any, kwargs: Any) -> Any:

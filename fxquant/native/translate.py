@@ -58,9 +58,11 @@ class Translation:
         gm: the lowered module.
         builder: of the plan.
         metas: what each node's value was.
-        values: the nodes that are in the plan.
         bring: makes a plan's value of what torch computes in front of it; ``None`` where it is
             of no use here.
+        values: the nodes that are in the plan.
+        quantized: floats that were quantized in the call: (node, highest integer) -> integers,
+            scale and zero point.
     """
 
     gm: QuantGraphModule
@@ -68,6 +70,7 @@ class Translation:
     metas: Mapping[fx.Node, Meta]
     bring: Callable[[fx.Node], Value | None]
     values: dict[fx.Node, Value] = field(default_factory=dict)
+    quantized: dict[tuple[fx.Node, int], tuple[Value, Value]] = field(default_factory=dict)
 
     def value(self, argument: object) -> Value | None:
         """The plan's value of an argument, if it has one without a detour."""
@@ -391,6 +394,75 @@ def _packed_linear(relu: bool) -> Rule:
         ))  # fmt: skip
 
     return rule
+
+
+def _dynamic_linear(activation: int) -> Rule:
+    def rule(t: Translation, node: fx.Node) -> Value | None:
+        source, packed = node.args[:2]
+        reduced = bool(node.args[2]) if len(node.args) > 2 else False
+        tensors, (engine,) = t.packed_tensors(packed, "linear")
+        weight, weight_scale, weight_zero, bias = tensors
+        meta = t.metas.get(node)
+        if engine != "fbgemm" or _asymmetric(weight_zero) or meta is None or 0 in meta.shape:
+            return None
+        found = _quantized_now(t, source, 127 if reduced else 255)
+        if found is None or weight is None or weight_scale is None:
+            return None
+        x, parameters = found
+        out = t.builder.value(meta.shape, torch.float32)
+        weight = weight.contiguous()
+        outputs = weight.shape[0]
+        scale = weight_scale.reshape(-1).to(torch.float32).expand(outputs).contiguous()
+        bias = None if bias is None else bias.to(torch.float32).contiguous()
+        return t.builder.add(
+            "convolution", {"in_": x, "parameters": parameters}, out,
+            (weight, scale, *([] if bias is None else [bias])),
+            weight=weight.data_ptr(), weight_scale=scale.data_ptr(),
+            bias=None if bias is None else bias.data_ptr(),
+            groups=1, kernel_h=1, kernel_w=1, stride_h=1, stride_w=1,
+            dilation_h=1, dilation_w=1, to_float=True, dynamic=True, activation=activation,
+            in_zero_point=1, depthwise=False,
+        )  # fmt: skip
+
+    return rule
+
+
+def _quantized_now(t: Translation, source: object, highest: int) -> tuple[Value, Value] | None:
+    """Floats in integers by their own range, which is found in each call."""
+    if not isinstance(source, fx.Node):
+        return None
+    known = t.quantized.get((source, highest))
+    if known is not None:
+        return known
+    value = t.floats(source)
+    if value is None:
+        value = t.bring(source)
+        if value is None or value.dtype != torch.float32:
+            return None
+        if t.metas[source].stride != contiguous(value.shape):
+            return None
+    if len(value.shape) == 4:
+        return None
+    parameters = t.builder.value((1, 8), torch.uint8)
+    t.builder.add("choose", {"a": value}, parameters, divisor=highest)
+    x = t.builder.value(value.shape, torch.uint8)
+    channels = value.shape[-1]
+    t.builder.add(
+        "quantize", {"a": value, "b": parameters}, x,
+        stride_n=channels, stride_c=1, stride_h=channels, stride_w=channels, from_bytes=True,
+    )  # fmt: skip
+    t.quantized[source, highest] = x, parameters
+    return x, parameters
+
+
+def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.insert(0, step)
+        step *= size
+    return tuple(strides)
 
 
 def _activation(name: object, arguments: Sequence[Any]) -> dict[str, Any]:
@@ -727,6 +799,8 @@ RULES: Final[Mapping[Any, Rule]] = {
     _Q.conv2d_relu.new: _packed_conv(relu=True),
     _Q.linear.default: _packed_linear(relu=False),
     _Q.linear_relu.default: _packed_linear(relu=True),
+    _Q.linear_dynamic.default: _dynamic_linear(_ACTIVATIONS["none"]),
+    _Q.linear_relu_dynamic.default: _dynamic_linear(_ACTIVATIONS["relu"]),
     _O.qconv_pointwise.default: _onednn_conv,
     _O.qconv2d_pointwise.binary: _onednn_sum,
     _O.qlinear_pointwise.default: _onednn_linear,

@@ -29,7 +29,12 @@ inline __m512i quantized(__m512 x, __m512 inverse, __m512 zero_point) {
 void Quantize::run(const Call& call, const Worker& worker) const {
   const float* input = call.floats(in);
   uint8_t* output = call.at(out);
-  const __m512 scale = _mm512_set1_ps(inverse), zero = _mm512_set1_ps(zero_point);
+  float factor = inverse, term = zero_point;
+  if (dynamic) {
+    const auto& found = *reinterpret_cast<const Parameters*>(call.at(parameters));
+    factor = 1.0f / found.scale, term = static_cast<float>(found.zero_point);
+  }
+  const __m512 scale = _mm512_set1_ps(factor), zero = _mm512_set1_ps(term);
   int64_t first, last;
   if (stride_c == 1 && stride_w == out.c && stride_h == out.w * out.c &&
       stride_n == out.h * out.w * out.c && out.pixel == out.c && margin == 0) {  // the same order: one long row
@@ -89,6 +94,43 @@ void Quantize::run(const Call& call, const Worker& worker) const {
       }
     }
   }
+}
+
+void ChooseParameters::run(const Call& call, const Worker& worker) const {
+  if (worker.index != 0) return;
+  const float* input = call.floats(in);
+  const int64_t count = in.pixels() * in.c;
+  __m512 least = _mm512_setzero_ps(), most = _mm512_setzero_ps();  // the range holds zero
+  for (int64_t i = 0; i < count; i += 16) {
+    const __m512 x = _mm512_maskz_loadu_ps(mask16(count - i), input + i);
+    least = _mm512_min_ps(x, least);
+    most = _mm512_max_ps(x, most);
+  }
+  float low = _mm512_reduce_min_ps(least), high = _mm512_reduce_max_ps(most);
+  constexpr float kSmallest = 6.1e-5f;
+  double scale = (static_cast<double>(high) - low) / highest;
+  if (static_cast<float>(scale) == 0.0f || std::isinf(1.0f / static_cast<float>(scale)))
+    scale = 0.1;
+  if (scale < kSmallest) {
+    const auto before = static_cast<float>(scale);
+    scale = kSmallest;
+    if (low == 0.0f) {
+      high = kSmallest * static_cast<float>(highest);
+    } else if (high == 0.0f) {
+      low = -kSmallest * static_cast<float>(highest);
+    } else {
+      low *= kSmallest / before;
+      high *= kSmallest / before;
+    }
+  }
+  // The end of the range that is nearer to an integer decides about the zero point.
+  const double from_low = -low / scale, from_high = highest - high / scale;
+  const double low_error = std::fabs(low / scale), high_error = highest + std::fabs(high / scale);
+  const double chosen = low_error < high_error ? from_low : from_high;
+  auto& found = *reinterpret_cast<Parameters*>(call.at(out));
+  found.scale = static_cast<float>(scale);
+  found.zero_point =
+      static_cast<int32_t>(std::clamp(std::nearbyint(chosen), 0.0, static_cast<double>(highest)));
 }
 
 void Dequantize::run(const Call& call, const Worker& worker) const {

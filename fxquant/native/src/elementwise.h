@@ -11,7 +11,16 @@ struct Quantize : Step {
   Tensor in, out;  // of `in`, only slot, offset and sizes are used
   int64_t stride_n, stride_c, stride_h, stride_w;  // of the input, in elements
   float inverse, zero_point;
+  bool dynamic = false;  // scale and zero point are found in the call
+  Tensor parameters;
   int32_t margin = 0;  // pixels on both sides of each line, to be filled with the zero point
+  void run(const Call& call, const Worker& worker) const override;
+};
+
+// Scale and zero point for the range of a float tensor, as FBGEMM chooses them.
+struct ChooseParameters : Step {
+  Tensor in, out;
+  int32_t highest = 255;
   void run(const Call& call, const Worker& worker) const override;
 };
 

@@ -161,13 +161,22 @@ void GemmConvolution::run_block(const Call& call, int64_t group, const ChannelBl
   const uint8_t* input = call.at(in) + group * (in.c / groups);
   const int64_t element = requantize.to_float ? 4 : 1;
   Requantize r = requantize;
+  alignas(64) int32_t correction[16 * kMaxVectors];
+  const int64_t constants = group * round_up(group_channels, 16);
+  if (r.dynamic) {
+    const auto& found = *reinterpret_cast<const Parameters*>(call.at(parameters));
+    r.input_scale = found.scale;
+    for (int i = 0; i < 16 * block.vectors; i++)
+      correction[i] = found.zero_point * r.correction[constants + block.channel + i];
+    r.correction = correction - (constants + block.channel);
+  }
   Tile t;
   t.positions = positions;
   t.groups_of_4 = static_cast<int>(round_up(in.c / groups, 4) / 4);
   if (whole_lines) t.groups_of_4 = kernel_w;
   t.weights = weights + packed;
   t.requantize = &r;
-  t.channel = static_cast<int>(group * round_up(group_channels, 16)) + block.channel;
+  t.channel = static_cast<int>(constants) + block.channel;
   t.last_count = static_cast<int>(
       std::min<int64_t>(16, group_channels - block.channel - 16 * (block.vectors - 1)));
   t.out_pixel = out.pixel;

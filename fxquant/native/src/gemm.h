@@ -15,7 +15,7 @@ struct ChannelBlock {
 std::vector<ChannelBlock> channel_blocks(int64_t channels);
 
 struct GemmConvolution : Step {
-  Tensor in, out, other;
+  Tensor in, out, other, parameters;
   bool has_other = false;
   int groups = 1, kernel_h = 1, kernel_w = 1;
   bool pointwise = false;    // one position, stride 1, no padding

@@ -52,12 +52,12 @@ struct Plan {
 extern "C" {
 
 struct ConvolutionArguments {
-  Tensor in, out, other;
+  Tensor in, out, other, parameters;
   const int8_t* weight;       // [output channels][input channels / groups][kernel_h][kernel_w]
   const float* weight_scale;  // per output channel
   const float* bias;          // per output channel; null for none
   int32_t has_other, groups, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w;
-  int32_t dilation_h, dilation_w, fbgemm, to_float, activation, in_zero_point, depthwise, unused;
+  int32_t dilation_h, dilation_w, fbgemm, to_float, activation, in_zero_point, depthwise, dynamic;
   float in_scale, inverse, zero_point, low, high, alpha, beta, other_scale, other_zero_point, out_scale;
 };
 
@@ -123,6 +123,7 @@ static void set_constants(Plan* plan, Requantize& r, const ConvolutionArguments&
                  nullptr,
                  a.other_scale,
                  a.other_zero_point,
+                 a.dynamic,
                  largest < 1e9};
 }
 
@@ -186,7 +187,8 @@ void fxq_add_convolution(Plan* plan, const ConvolutionArguments* arguments) {
   if (a.depthwise) return add_depthwise(plan, a);
   auto step = std::make_unique<GemmConvolution>();
   auto& g = *step;
-  g.in = a.in, g.out = a.out, g.other = a.other, g.has_other = a.has_other != 0;
+  g.in = a.in, g.out = a.out, g.other = a.other, g.parameters = a.parameters;
+  g.has_other = a.has_other != 0;
   g.groups = a.groups, g.kernel_h = a.kernel_h, g.kernel_w = a.kernel_w;
   g.pointwise = a.kernel_h * a.kernel_w == 1 && a.stride_h == 1 && a.stride_w == 1 &&
                 a.padding_h == 0 && a.padding_w == 0;
@@ -254,7 +256,13 @@ void fxq_add_quantize(Plan* plan, const MoveArguments* a) {
   step->stride_n = a->stride_n, step->stride_c = a->stride_c;
   step->stride_h = a->stride_h, step->stride_w = a->stride_w;
   step->inverse = a->inverse, step->zero_point = a->zero_point;
-  step->margin = a->padding_w;
+  step->margin = a->padding_w, step->dynamic = a->from_bytes != 0, step->parameters = a->b;
+  plan->add(std::move(step));
+}
+
+void fxq_add_choose(Plan* plan, const MoveArguments* a) {
+  auto step = std::make_unique<ChooseParameters>();
+  step->in = a->a, step->out = a->out, step->highest = a->divisor;
   plan->add(std::move(step));
 }
 

@@ -7,6 +7,12 @@ namespace fxq {
 
 enum class Activation : int32_t { none, relu, hardswish, silu, clamp };
 
+// What a tensor is quantized with, found when a call sees it.
+struct Parameters {
+  float scale;
+  int32_t zero_point;
+};
+
 // Per-channel constants are padded to 16 channels by who builds them.
 struct Requantize {
   const int32_t* correction;  // where accumulators start: -zero point * sum of the weights
@@ -22,6 +28,7 @@ struct Requantize {
   float alpha, beta;          // bounds of `clamp`
   const uint8_t* other;       // what oneDNN's sum adds, at the output's pixels; or null
   float other_scale, other_zero_point;
+  int32_t dynamic;  // FBGEMM's order for inputs that were quantized in the call
   int32_t bounded;  // no result can leave int32 in front of the clamp
 };
 
@@ -84,6 +91,10 @@ inline __m512 activate(__m512 y, const Requantize& r) {
 inline __m512 in_float(__m512i sum, __m512 scale, __m512 bias, const Requantize& r,
                        const uint8_t* other, __mmask16 mask) {
   __m512 y = _mm512_cvtepi32_ps(sum);
+  if (r.dynamic) {
+    const __m512 both = _mm512_mul_ps(_mm512_set1_ps(r.input_scale), scale);
+    return activate(_mm512_fmadd_ps(y, both, bias), r);
+  }
   if (r.fbgemm) return _mm512_mul_ps(_mm512_add_ps(y, bias), scale);
   y = _mm512_mul_ps(y, _mm512_set1_ps(r.input_scale));
   y = _mm512_add_ps(_mm512_mul_ps(y, scale), bias);
