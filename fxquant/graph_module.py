@@ -164,6 +164,10 @@ _PACKING = threading.RLock()
 _NOT_MADE = object()
 
 
+def _packed_names(gm: QuantGraphModule) -> tuple[str, ...]:
+    return tuple(pack.name for pack in gm.state.packs)
+
+
 class _PackedOnDemand:
     """A packed constant that is made when it is first read, once, whichever thread reads it.
 
@@ -177,12 +181,14 @@ class _PackedOnDemand:
     def __get__(self, owner: QuantGraphModule | None, _: object = None) -> Any:
         if owner is None:
             return self
+        from fxquant.packed_sets import shaped
         from fxquant.packing import pack
 
         with _PACKING:
             name = self.record.name
             if name not in owner.__dict__:
-                owner.__dict__[name] = pack(owner, self.record)
+                shapes = owner.__dict__.get("_pack_shapes", {})
+                owner.__dict__[name] = pack(owner, shaped(self.record, shapes))
             return owner.__dict__[name]
 
 
@@ -220,6 +226,7 @@ class QuantGraphModule(fx.GraphModule):
     def update_state(self, **changes: Any) -> None:
         """Replace fields of :attr:`state`."""
         self.__dict__["_state"] = replace(self._state, **changes)
+        self.__dict__.pop("_sets", None)
         if "packs" in changes:
             self._offer_packed()
 
@@ -239,10 +246,24 @@ class QuantGraphModule(fx.GraphModule):
         Autocast would compute what stays in FP32 in half precision, and other integers would come
         of it. What it hands in as float16 or bfloat16 is taken as float32.
         """
-        if self._state.stage not in (Stage.REFERENCE, Stage.LOWERED) or not is_autocast():
+        if self._state.stage not in (Stage.REFERENCE, Stage.LOWERED):
             return super().__call__(*args, **kwargs)
+        if not is_autocast():
+            return self._run(args, kwargs)
         with no_autocast():
-            return super().__call__(*widened(args), **widened(kwargs))
+            return self._run(widened(args), widened(kwargs))
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the graph on packed weights for the inputs; see :mod:`fxquant.packed_sets`."""
+        sets = self.__dict__.get("_sets", _NOT_MADE)
+        if sets is _NOT_MADE:
+            from fxquant.packed_sets import sets_of
+
+            sets = self.__dict__["_sets"] = sets_of(self)
+        watched = self._forward_hooks or self._forward_pre_hooks or "forward" in self.__dict__
+        if sets is None or watched:
+            return super().__call__(*args, **kwargs)
+        return sets.call(self, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         """Submodules and tensors; in a graph of ``fxquant.compat``, kernels in place of modules."""
@@ -337,16 +358,18 @@ class QuantGraphModule(fx.GraphModule):
         """
         graphs = list(graphs_in(self))
         held = [
-            {p.name: graph.__dict__.pop(p.name, None) for p in graph.state.packs}
+            {n: graph.__dict__.pop(n, _NOT_MADE) for n in (*_packed_names(graph), "_sets")}
             for graph in graphs
         ]
+        for graph in graphs:
+            graph.__dict__["_sets"] = None  # those constants serve all calls
         try:
             yield
         finally:
             for graph, packed in zip(graphs, held, strict=True):
                 for name, value in packed.items():
                     graph.__dict__.pop(name, None)
-                    if value is not None:
+                    if value is not _NOT_MADE:
                         graph.__dict__[name] = value
 
     @contextmanager
@@ -365,10 +388,15 @@ class QuantGraphModule(fx.GraphModule):
 
     def rebuild_packed(self) -> None:
         """Make every packed constant, and every inlined number, again from the plain tensors."""
-        for pack in self._state.packs:
-            self.__dict__.pop(pack.name, None)
+        self._drop_packed()
         self.pack()
         self._rebind()
+
+    def _drop_packed(self) -> None:
+        """Forget what was made from plain tensors."""
+        for pack in self._state.packs:
+            self.__dict__.pop(pack.name, None)
+        self.__dict__.pop("_sets", None)
 
     def _rebind(self) -> None:
         if self._state.stage is Stage.LOWERED:
@@ -382,8 +410,7 @@ class QuantGraphModule(fx.GraphModule):
         errors = args[-1]  # what load_state_dict raises as one RuntimeError
         errors.extend(self._clamps_lost())
         errors.extend(self._weights_overflow())
-        for pack in self._state.packs:
-            self.__dict__.pop(pack.name, None)
+        self._drop_packed()
         self._rebind()
 
     def _weights_overflow(self) -> list[str]:
@@ -488,6 +515,7 @@ class QuantGraphModule(fx.GraphModule):
         for name, buffer in self.named_buffers():
             if name not in present:  # fx copies only what a node mentions
                 set_attribute(result, name, buffer.clone())
+        result.__dict__.pop("_sets", None)
         for pack in self._state.packs:
             result._buffers.pop(pack.name, None)
             result.__dict__[pack.name] = self.__dict__[pack.name]
