@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,11 @@ from benchmarks.speed.results import (
     read_tables,
     write_tables,
 )
-from benchmarks.speed.worker import reason_of, turn
+from benchmarks.speed.worker import pin, reason_of, turn
 from benchmarks.speed.workloads import NETWORKS, Workload
 
 ROOT = Path(__file__).parents[1]
+TASKS = Path("/proc/self/task")
 
 
 def built(sqnr: float | None = 30.0) -> Built:
@@ -122,6 +124,19 @@ def test_the_report_has_times_ratios_accuracy_and_reasons() -> None:
     assert "on a machine, with torch 9" in text
 
 
+def test_a_busy_machine_is_told() -> None:
+    quiet, busy = (
+        table(
+            fxquant=Row(built=built(), medians=(1.0,), minima=(1.0,), waited=w),
+            eager=Row(built=built(), medians=(1.0,), minima=(1.0,), waited=w),
+            compile=Row(failure="no"),
+        )
+        for w in (0.04, 0.31)
+    )
+    assert "busy" not in markdown({("tiny", 1): quiet})
+    assert "31 % of the time" in markdown({("tiny", 1): busy})
+
+
 def test_a_page_keeps_what_is_around_the_tables(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
@@ -152,7 +167,7 @@ def ends() -> tuple[Channel, Channel]:
         built(),
         built(None),
         Failed(reason="two\nlines"),
-        Slice(median=1.5, minimum=1.0, calls=3),
+        Slice(median=1.5, minimum=1.0, calls=3, waited=0.25),
         0.2,
     ],
 )
@@ -220,22 +235,39 @@ def test_a_call_longer_than_the_turn_is_warmed_up_once() -> None:
     assert len(calls) == 2
 
 
-def test_every_thread_is_pinned() -> None:
-    # In a process of its own, as the cores of this one are the tests'.
-    cpu = min(os.sched_getaffinity(0))
-    code = (
-        "import os, threading, time\n"
-        "from benchmarks.speed.worker import pin\n"
-        "threading.Thread(target=time.sleep, args=(1,)).start()\n"
-        f"pin([{cpu}])\n"
-        "print([os.sched_getaffinity(int(t)) for t in os.listdir('/proc/self/task')])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    found = json.loads(done.stdout.replace("{", "[").replace("}", "]"))
+@pytest.fixture
+def one_core() -> Iterator[int]:
+    """A core to pin this process to; its threads get back what they had."""
+    before = {int(t.name): os.sched_getaffinity(int(t.name)) for t in TASKS.iterdir()}
+    yield min(os.sched_getaffinity(0))
+    for thread, cores in before.items():
+        if (TASKS / str(thread)).exists():
+            os.sched_setaffinity(thread, cores)
+
+
+def test_every_thread_is_pinned(one_core: int) -> None:
+    release = threading.Event()
+    other = threading.Thread(target=release.wait)
+    other.start()
+    try:
+        pin([one_core])
+        found = [os.sched_getaffinity(int(thread.name)) for thread in TASKS.iterdir()]
+    finally:
+        release.set()
+        other.join()
     assert len(found) >= 2
-    assert all(cores == [cpu] for cores in found)
+    assert all(cores == {one_core} for cores in found)
+
+
+def test_waiting_for_a_core_is_counted(one_core: int) -> None:
+    pin([one_core])
+    restless = subprocess.Popen([sys.executable, "-c", "while True: pass"])  # on the same core
+    try:
+        found = turn(lambda: sum(range(10000)), 1.0)
+    finally:
+        restless.kill()
+        restless.wait()
+    assert 0.1 < found.waited < 1.1
 
 
 @pytest.mark.parametrize(

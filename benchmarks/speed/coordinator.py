@@ -220,4 +220,5 @@ def _row(member: Member, turns: dict[str, list[list[Slice]]]) -> Row:
         built=member.built,
         medians=tuple(statistics.median(s.median for s in run) for run in runs),
         minima=tuple(min(s.minimum for s in run) for run in runs),
+        waited=statistics.median(s.waited for run in runs for s in run),
     )

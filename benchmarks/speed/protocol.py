@@ -48,11 +48,14 @@ class Slice:
         median: the middle of the calls.
         minimum: the fastest.
         calls: how many there were.
+        waited: part of the time in which its threads wanted a core that something else had; above 1
+            where several waited at once.
     """
 
     median: float
     minimum: float
     calls: int
+    waited: float
 
 
 Message: TypeAlias = Built | Failed | Slice

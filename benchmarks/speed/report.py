@@ -25,6 +25,7 @@ _OTHERS: Final[Mapping[str, tuple[str, ...]]] = {
     "FP32 torch.compile": ("compile",),
 }
 _BIT: Final = 6.0  # dB
+_QUIET: Final = 0.05  # of the time
 _COLOURS: Final = {
     "ours": "tab:red",
     "eager": "tab:gray",
@@ -112,7 +113,17 @@ def _details(table: Table) -> str:
     ]
     failures = [f"- {_label(n)}: {row.failure}" for n, row in table.rows.items() if row.failure]
     absent = "\n\nNot measured:\n\n" + "\n".join(failures) if failures else ""
-    return f"Weights: {table.weights}.\n\n{_grid(headers, rows)}{absent}"
+    return f"Weights: {table.weights}.{_disturbed(table)}\n\n{_grid(headers, rows)}{absent}"
+
+
+def _disturbed(table: Table) -> str:
+    """A warning where others had the cores: short calls fit between theirs, long ones do not."""
+    if table.waited < _QUIET:
+        return ""
+    return (
+        f" **The machine was busy: {100 * table.waited:.0f} % of the time went by waiting for a"
+        " core. Times mean little, ratios favour short calls; trust the fastest calls at most.**"
+    )
 
 
 def _cells(table: Table, name: str) -> list[str]:

@@ -38,12 +38,14 @@ class Row:
         built: how it was set up and how right it is; ``None`` where it cannot take part.
         medians: of each run, milliseconds of a call: the median of the turns' medians.
         minima: of each run, milliseconds of the fastest call.
+        waited: of all turns, the median part of the time spent waiting for a core.
         failure: why it cannot take part.
     """
 
     built: Built | None = None
     medians: tuple[float, ...] = ()
     minima: tuple[float, ...] = ()
+    waited: float = 0.0
     failure: str = ""
 
 
@@ -86,6 +88,11 @@ class Table:
         pairs = [row.minima if fastest else row.medians for row in rows]
         return interval([a / b for a, b in zip(*pairs, strict=True)])
 
+    @property
+    def waited(self) -> float:
+        """Of all peers, the median part of the time in which a core was missing."""
+        return statistics.median([row.waited for row in self.rows.values() if row.medians] or [0.0])
+
     def fastest(self, names: Sequence[str]) -> str | None:
         """The one of ``names`` with the lowest median; ``None`` where none took part."""
         there = [name for name in names if name in self.rows and self.rows[name].medians]
@@ -120,5 +127,6 @@ def _row(fields: dict[str, Any]) -> Row:
         built=None if built is None else Built(**built),
         medians=tuple(fields["medians"]),
         minima=tuple(fields["minima"]),
+        waited=fields["waited"],
         failure=fields["failure"],
     )

@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -81,7 +82,8 @@ def pin(cpus: Iterable[int]) -> None:
     """Keep every thread of this process, and those it will start, on ``cpus``."""
     wanted = set(cpus)
     for thread in Path("/proc/self/task").iterdir():
-        os.sched_setaffinity(int(thread.name), wanted)
+        with suppress(ProcessLookupError):  # it has ended
+            os.sched_setaffinity(int(thread.name), wanted)
 
 
 def turn(call: Callable[[], object], seconds: float, *, least: int = 1) -> Slice:
@@ -101,12 +103,27 @@ def turn(call: Callable[[], object], seconds: float, *, least: int = 1) -> Slice
             call()
             now = time.perf_counter()
     times: list[float] = []
-    end = now + seconds
+    waited, now = _waited(), time.perf_counter()
+    start, end = now, now + seconds
     while now < end or len(times) < least:
         call()
         before, now = now, time.perf_counter()
         times.append(1e3 * (now - before))
-    return Slice(median=statistics.median(times), minimum=min(times), calls=len(times))
+    return Slice(
+        median=statistics.median(times),
+        minimum=min(times),
+        calls=len(times),
+        waited=(_waited() - waited) / (now - start),
+    )
+
+
+def _waited() -> float:
+    """Seconds that the threads of this process have spent waiting for a core."""
+    seconds = 0.0
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            seconds += int((thread / "schedstat").read_text().split()[1]) / 1e9
+    return seconds
 
 
 def reason_of(error: Exception) -> str:

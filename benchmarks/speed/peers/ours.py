@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
 from typing import Any
 
 import fxquant
@@ -15,16 +15,20 @@ _BATCH = 8
 
 def prepare(job: Job, *, optimized: bool = False) -> Load:
     """Quantize, statically or dynamically as the workload says."""
-    optimize: Callable[..., Any] | None = getattr(fxquant, "optimize", None)
-    if optimized and optimize is None:
+    optimize: Any = getattr(fxquant, "optimize", None)
+    if optimized and not callable(optimize):
         raise UnavailableError("this fxquant has no optimize")
     model = _quantized(job)
     settings = "defaults; dynamic" if job.workload.dynamic else "defaults; static"
 
     def load() -> Ready:
-        if not optimized or optimize is None:
+        if not optimized:
             return ready(job, model, settings)
-        return ready(job, optimize(model, (job.workload.example,)), f"{settings}; optimize()")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            faster = optimize(model, (job.workload.example,))
+        notes = [str(warning.message) for warning in said]
+        return ready(job, faster, "; ".join([settings, "optimize()", *notes]))
 
     return load
 
