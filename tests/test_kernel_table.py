@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -445,25 +446,45 @@ def test_the_oldest_entries_go_first(tmp_path: Path) -> None:
     assert list(MachineFile(tmp_path, "kernels", largest=3).entries) == ["c", "a", "d"]
 
 
-def _write(folder: Path, first: int) -> None:
-    for number in range(first, first + 20):
-        MachineFile(folder, "kernels", largest=1000).put({str(number): number})
+WRITER = """
+import sys
+from pathlib import Path
+from fxquant.machine_file import MachineFile
+folder, first = Path(sys.argv[1]), int(sys.argv[2])
+for number in range(first, first + 20):
+    MachineFile(folder, "kernels", largest=1000).put({str(number): number})
+"""
 
 
-def test_processes_and_threads_add_to_one_file(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    workers: list[threading.Thread | multiprocessing.process.BaseProcess] = [
-        context.Process(target=_write, args=(tmp_path, 100 * number)) for number in range(3)
+def test_processes_add_to_one_file(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path), str(first)],
+            env=environment,
+            cwd=Path(__file__).parents[1],
+        )
+        for first in (0, 100)
     ]
-    workers.append(threading.Thread(target=_write, args=(tmp_path, 1000)))
+    assert [process.wait() for process in processes] == [0, 0]
+    (file,) = tmp_path.iterdir()  # and nothing half written is left
+    plain = json.loads(file.read_text())
+    assert plain["kind"] == "kernels"
+    assert plain["entries"] == {str(f + n): f + n for f in (0, 100) for n in range(20)}
+
+
+def test_threads_add_to_one_file(tmp_path: Path) -> None:
+    def write(first: int) -> None:
+        for number in range(first, first + 20):
+            MachineFile(tmp_path, "kernels", largest=1000).put({str(number): number})
+
+    workers = [threading.Thread(target=write, args=(100 * number,)) for number in range(3)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    (file,) = tmp_path.iterdir()  # and nothing half written is left
     found = MachineFile(tmp_path, "kernels", largest=1000).entries
-    assert found == {str(f + n): f + n for f in (0, 100, 200, 1000) for n in range(20)}
-    assert json.loads(file.read_text())["kind"] == "kernels"
+    assert found == {str(100 * f + n): 100 * f + n for f in range(3) for n in range(20)}
 
 
 # -- really -------------------------------------------------------------------------------------
