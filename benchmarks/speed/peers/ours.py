@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import fxquant
-from benchmarks.speed.peers import Job, Load, Ready, UnavailableError
+from benchmarks.speed.peers import Job, Load, Ready
 from benchmarks.speed.peers._torch import ready
+from fxquant.errors import FxQuantWarning
 from fxquant.graph_module import QuantGraphModule
 
 _BATCH = 8
@@ -15,9 +15,6 @@ _BATCH = 8
 
 def prepare(job: Job, *, optimized: bool = False) -> Load:
     """Quantize, statically or dynamically as the workload says."""
-    optimize: Any = getattr(fxquant, "optimize", None)
-    if optimized and not callable(optimize):
-        raise UnavailableError("this fxquant has no optimize")
     model = _quantized(job)
     settings = "defaults; dynamic" if job.workload.dynamic else "defaults; static"
 
@@ -26,8 +23,8 @@ def prepare(job: Job, *, optimized: bool = False) -> Load:
             return ready(job, model, settings)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            faster = optimize(model, (job.workload.example,))
-        notes = [str(warning.message) for warning in said]
+            faster = fxquant.optimize(model, (job.workload.example,))
+        notes = [str(w.message) for w in said if issubclass(w.category, FxQuantWarning)]
         return ready(job, faster, "; ".join([settings, "optimize()", *notes]))
 
     return load
