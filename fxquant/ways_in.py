@@ -29,7 +29,7 @@ from fxquant.errors import (
 from fxquant.graph_module import QuantGraphModule
 from fxquant.islands import SWAPPED, CaptureOptions, Island, find_islands, holder_of
 from fxquant.ledger import build_ledger
-from fxquant.own_copy import own_copy
+from fxquant.own_copy import Copying
 from fxquant.shapes import as_arguments, record_shapes
 from fxquant.traced_names import give_defaults
 
@@ -192,7 +192,7 @@ def _exported(
     args, kwargs = as_arguments(example_inputs)
     try:
         bound = inspect.signature(model.forward).bind(*args, **{**fixed, **kwargs})
-        copied = own_copy(model, share=True)
+        copied = Copying(share=True, keep=False).of(model)
         with _quiet_torch():
             program = torch.export.export(
                 copied,

@@ -130,6 +130,17 @@ def test_torch_export_is_the_second_way() -> None:
     assert explain(gm).row("last").runs is Runs.FP32
 
 
+def test_an_export_has_plain_weights() -> None:
+    torch.manual_seed(0)
+    model, inputs = Counts().eval(), (floats(3, 8), floats(3, 8))
+    parametrizations.weight_norm(model.first)
+    with pytest.warns(CaptureWarning, match=r"torch\.export captured the model instead"):
+        gm = prepared(model, *inputs)
+    torch.testing.assert_close(gm(*inputs), model(*inputs))
+    assert audit(convert_fx(calibrate(gm, [inputs]))).mac_coverage == 1.0
+    assert parametrize.is_parametrized(model.first)
+
+
 @dataclass
 class Result:
     y: Tensor
