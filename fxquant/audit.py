@@ -36,7 +36,7 @@ from fxquant.kernels import as_bytes, as_quantized
 from fxquant.metadata import record_of
 from fxquant.op_rows import HALF, OpRow, Runs, checked, rows_of
 from fxquant.operators import TO_DTYPE
-from fxquant.tables import Column, as_html, as_text, terminal_width
+from fxquant.tables import Column, as_html, terminal_width, text_parts
 
 _INT8_DTYPES: Final = (torch.uint8, torch.int8, torch.quint8, torch.qint8)
 _INT8_OPERATORS: Final = ("quantized::", "onednn::", "aten::quantized_lstm", "aten::quantized_gru")
@@ -155,7 +155,7 @@ class AuditReport:
         parts = [self.summary]
         for columns, rows in self._tables():
             if rows:
-                parts.append(as_text(columns, rows, width)[0])
+                parts += text_parts(columns, rows, width, all_in=".to_text()")
         return "\n\n".join(parts)
 
     def to_json(self) -> str:

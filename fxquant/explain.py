@@ -13,7 +13,7 @@ from torch import nn
 from fxquant._version import __version__
 from fxquant.errors import UnmatchedRuleError, did_you_mean
 from fxquant.op_rows import OpRow, checked, rows_of
-from fxquant.tables import Column, as_html, as_markdown, as_text, terminal_width
+from fxquant.tables import Column, as_html, as_markdown, terminal_width, text_parts
 from fxquant.targets.choice import MEASURED
 
 _COLUMNS: Final = (
@@ -83,11 +83,8 @@ class Explanation:
             width: the longest line wanted; the least important columns are left out to keep to it,
                 and named below the table. ``None`` keeps everything.
         """
-        table, left_out = as_text(_COLUMNS, [_cells(row) for row in self.rows], width)
-        lines = [self.summary, "", table]
-        if left_out:
-            lines += ["", f"Left out at this width (see .to_markdown()): {', '.join(left_out)}"]
-        return "\n".join(lines)
+        rows = [_cells(row) for row in self.rows]
+        return "\n\n".join([self.summary, *text_parts(_COLUMNS, rows, width)])
 
     def to_markdown(self) -> str:
         """A table in GitHub's Markdown, with all columns."""

@@ -74,6 +74,28 @@ def as_text(
     return _simple(columns, rows, kept, widths), left_out
 
 
+def text_parts(
+    columns: Sequence[Column],
+    rows: Sequence[Sequence[str]],
+    width: int | None = None,
+    *,
+    all_in: str = ".to_markdown()",
+) -> list[str]:
+    """A plain table and, where columns were left out, a line that names them.
+
+    Args:
+        columns: in order.
+        rows: one cell for each column.
+        width: see :func:`as_text`.
+        all_in: the method that shows every column.
+    """
+    table, left_out = as_text(columns, rows, width)
+    if not left_out:
+        return [table]
+    line = f"Left out at this width (see {all_in}): {', '.join(left_out)}"
+    return [table, textwrap.fill(line, width or len(line))]
+
+
 def as_markdown(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str:
     """A table in GitHub's Markdown, with every column."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]

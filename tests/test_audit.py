@@ -385,6 +385,9 @@ def test_text() -> None:
     assert "confirmed by the profiler: 3 quantized kernel calls and 0 float ones" in text
     table = text.split("\n\n", 1)[1]
     assert max(map(len, table.splitlines())) <= 80
+    assert "Left out" not in text
+    narrow = audit(converted()).to_text(70)
+    assert "Left out at this width (see .to_text()): type" in narrow
 
 
 def test_nearly_all_is_not_all() -> None:

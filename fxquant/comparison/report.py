@@ -12,7 +12,7 @@ from typing import Any, Final
 from fxquant._version import __version__
 from fxquant.comparison.measures import sqnr_of
 from fxquant.errors import ConfigError, UnmatchedRuleError, did_you_mean
-from fxquant.tables import Column, as_html, as_markdown, as_text, terminal_width
+from fxquant.tables import Column, as_html, as_markdown, terminal_width, text_parts
 
 _COLUMNS: Final = (
     Column(title="name", width=22),
@@ -180,11 +180,7 @@ class CompareReport:
             width: the longest line wanted; the least important columns are left out to keep to it,
                 and named below the table. ``None`` keeps everything.
         """
-        table, left_out = as_text(_COLUMNS, self._cells(), width)
-        lines = [self.summary, "", table]
-        if left_out:
-            lines += ["", f"Left out at this width (see .to_markdown()): {', '.join(left_out)}"]
-        return "\n".join(lines)
+        return "\n\n".join([self.summary, *text_parts(_COLUMNS, self._cells(), width)])
 
     def to_markdown(self) -> str:
         """The summary as a list and the table in GitHub's Markdown, with all columns."""

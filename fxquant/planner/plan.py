@@ -19,7 +19,7 @@ from fxquant.planner.judge import Figures
 from fxquant.planner.problem import Costs
 from fxquant.qconfig_mapping import QConfigMapping
 from fxquant.sensitivity.network import Assignment, CalibratedNetwork
-from fxquant.tables import Column, as_html, as_markdown, as_text, terminal_width
+from fxquant.tables import Column, as_html, as_markdown, as_text, terminal_width, text_parts
 
 _LAYERS: Final = (
     Column(title="layer", width=26),
@@ -175,10 +175,7 @@ class Plan:
         """
         parts = [self.summary]
         for columns, rows in self._tables():
-            table, left_out = as_text(columns, rows, width)
-            parts.append(table)
-            if left_out:
-                parts.append(f"Left out at this width (see .to_markdown()): {', '.join(left_out)}")
+            parts += text_parts(columns, rows, width)
         return "\n\n".join(parts)
 
     def front_table(self, width: int | None = None) -> str:

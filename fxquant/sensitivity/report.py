@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from fxquant.sensitivity.results import (
     measurement_from,
     to_plain,
 )
-from fxquant.tables import Column, as_html, as_markdown, as_text, terminal_width
+from fxquant.tables import Column, as_html, as_markdown, terminal_width, text_parts
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -244,15 +243,10 @@ class SensitivityReport:
             width: the longest line wanted; the least important columns are left out to keep to it,
                 and named below the table. ``None`` keeps everything.
         """
-        columns, rows = self._table()
-        table, left_out = as_text(columns, rows, width)
-        lines = [self.summary, "", table]
-        if left_out:
-            line = f"Left out at this width (see .to_markdown()): {', '.join(left_out)}"
-            lines += ["", textwrap.fill(line, width or len(line))]
-        for title, others, cells in self._more_tables():
-            lines += ["", title, "", as_text(others, cells, width)[0]]
-        return "\n".join(lines)
+        parts = [self.summary, *text_parts(*self._table(), width)]
+        for title, columns, cells in self._more_tables():
+            parts += [title, *text_parts(columns, cells, width)]
+        return "\n\n".join(parts)
 
     def to_markdown(self) -> str:
         """All tables in GitHub's Markdown, with every column."""

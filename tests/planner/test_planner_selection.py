@@ -15,24 +15,9 @@ from fxquant.planner.problem import Assignment, Choice, Costs, Problem
 from fxquant.planner.search import Limits
 from fxquant.planner.selection import Selection, excess_of
 from fxquant.planner.units import Unit, Wiring
-from fxquant.sensitivity.layers import Layer
+from tests.made_layers import made_layer
 
 COUNT = 6
-
-
-def layer(name: str, position: int) -> Layer:
-    return Layer(
-        name=name,
-        kind="conv2d",
-        pattern="conv2d",
-        block=name,
-        nodes=(name,),
-        heads=(name,),
-        last=name,
-        position=position,
-        parameters=1,
-        macs=1,
-    )
 
 
 def priced() -> Priced:
@@ -42,7 +27,7 @@ def priced() -> Priced:
         (Choice("fp32", Costs(2.0, 0.0, 4.0)), Choice("int8", Costs(1.0, i + 1.0, 1.0)))
         for i in range(COUNT)
     )
-    units = tuple(Unit(n, (n,), n, layer(n, i)) for i, n in enumerate(names))
+    units = tuple(Unit(n, (n,), n, made_layer(n, i)) for i, n in enumerate(names))
     return Priced(Problem(names, choices, ()), Wiring(units, ()), Costs(), 0)
 
 

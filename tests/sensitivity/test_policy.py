@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from fxquant.errors import ConfigError, UnmatchedRuleError
-from fxquant.sensitivity.layers import Layer
 from fxquant.sensitivity.metrics import Metrics
 from fxquant.sensitivity.policy import UNCURED, Decision, Evidence, Policy, decide
 from fxquant.sensitivity.results import FIRST, LAST, LayerResult, Measurement
+from tests.made_layers import made_layer
 
 
 def measurement(sqnr: float, user: Mapping[str, float] | None = None) -> Measurement:
@@ -30,20 +30,8 @@ def result(
     user: Mapping[str, float] | None = None,
     estimates: Mapping[str, float] | None = None,
 ) -> LayerResult:
-    layer = Layer(
-        name=name,
-        kind="conv2d",
-        pattern="conv2d",
-        block=name,
-        nodes=(name,),
-        heads=(name,),
-        last=name,
-        position=0,
-        parameters=0,
-        macs=0,
-    )
     return LayerResult(
-        layer=layer,
+        layer=made_layer(name),
         place=place,
         measurements={} if sqnr is None else {"int8": measurement(sqnr, user)},
         cures={cure: measurement(value) for cure, value in (cures or {}).items()},
