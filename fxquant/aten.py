@@ -18,6 +18,7 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch._ops import HigherOrderOperator
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from fxquant.dataflow import fields_of
@@ -25,6 +26,7 @@ from fxquant.errors import CaptureError
 from fxquant.shape_guards import shape_guard
 
 _GUARDS: Final = "_guards_fn"
+_GRADIENTS: Final = "wrap_with_set_grad_enabled"
 _GUARD_TEXT: Final = "Guard failed: "
 _Arguments = Mapping[str, Any]
 
@@ -72,6 +74,7 @@ def import_aten(gm: nn.Module) -> fx.GraphModule:
     assert isinstance(gm, fx.GraphModule)
     plain = fx.GraphModule(gm, _plain_signature(gm), type(gm).__name__)
     plain.training = gm.training
+    _inline_gradient_modes(plain)
     _inline_guards(plain)
     writes = any(_mutates(node) for node in plain.graph.nodes)
     droppable = [node for node in plain.graph.nodes if _only_computes(node)]
@@ -195,6 +198,41 @@ def _inline_guards(gm: fx.GraphModule) -> None:
                 _guard(tracer, text.removeprefix(_GUARD_TEXT), forward.__globals__ | names)
         gm.graph.erase_node(node)
         delattr(gm, _GUARDS)
+
+
+def _inline_gradient_modes(gm: fx.GraphModule) -> None:
+    """Put in line what is computed under ``torch.no_grad()``: exported graphs do not train."""
+    pending = [node for node in gm.graph.nodes if _sets_gradients(node)]
+    while pending:
+        node = pending.pop()
+        _, reading, *operands = node.args
+        assert isinstance(reading, fx.Node)
+        path = str(reading.target)
+        inner: Any = gm.get_submodule(path)
+        inputs = [n for n in inner.graph.nodes if n.op == "placeholder"]
+        known: dict[fx.Node, Any] = dict(zip(inputs, operands, strict=True))
+        with gm.graph.inserting_before(node):
+            for old in inner.graph.nodes:
+                if old.op in ("placeholder", "output"):
+                    continue
+                known[old] = made = gm.graph.node_copy(old, known.__getitem__)
+                if old.op == "get_attr":
+                    made.target = f"{path}.{old.target}"
+                elif _sets_gradients(made):
+                    pending.append(made)
+        results = fx.map_arg(inner.graph.output_node().args[0], known.__getitem__)
+        for user in list(node.users):
+            user.replace_all_uses_with(results[user.args[1]])  # export takes each result by number
+            gm.graph.erase_node(user)
+        gm.graph.erase_node(node)
+        if not reading.users:
+            gm.graph.erase_node(reading)
+    gm.recompile()
+
+
+def _sets_gradients(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, HigherOrderOperator) and target.name() == _GRADIENTS
 
 
 def _inner(function: Any) -> Any:

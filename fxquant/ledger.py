@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator
 
 from fxquant.attention import window_attention
 from fxquant.dataflow import has_float_input, is_container, is_float_tensor, looks_up
@@ -146,8 +147,8 @@ _COUNTED: Final[dict[Any, Callable[[fx.Node], int | None]]] = {
 def _may_multiply(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether an op that the catalogue cannot count may hold multiply-accumulates.
 
-    A module with a weight matrix (an island, attention), a matrix product under another name, or a
-    function that is not torch's.
+    A module with a weight matrix (an island, attention), a matrix product under another name,
+    branches and loops of an exported graph, or a function that is not torch's.
     """
     kind = kind_of(gm, node)
     if kind is not None:
@@ -155,7 +156,7 @@ def _may_multiply(gm: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
         return any(parameter.dim() > 1 for parameter in module.parameters())
-    if type_name(gm, node) in _PRODUCTS:
+    if isinstance(node.target, HigherOrderOperator) or type_name(gm, node) in _PRODUCTS:
         return True
     origin = str(getattr(node.target, "__module__", None) or "").partition(".")[0]
     return node.op == "call_function" and origin not in ("", "torch", "_operator", "builtins")

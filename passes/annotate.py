@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator
 from torch.nn.utils.parametrize import is_parametrized
 
 from fxquant.backend_config import ObservationType
@@ -157,6 +158,12 @@ def _float_row(gm: QuantGraphModule, node: fx.Node, target: Target) -> Row | Non
     return row if row is not None and row.role is Role.FLOAT else None
 
 
+_BRANCHES = (
+    "'{kind}' calls graphs of its own, which run in FP32; in Python's words, with 'if' or 'while'"
+    " in a module of its own, what is called there is quantized"
+)
+
+
 def _without_row(
     gm: QuantGraphModule, node: fx.Node, qconfig: QConfig, context: PassContext
 ) -> None:
@@ -175,6 +182,9 @@ def _without_row(
                 " torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') before",
             )
             return
+    if isinstance(node.target, HigherOrderOperator):
+        add_reason(node, _BRANCHES.format(kind=name))
+        return
     add_reason(node, NO_INT8_KERNEL.format(kind=name))
 
 

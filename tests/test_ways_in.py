@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from fxquant import (
@@ -139,6 +140,51 @@ def test_an_export_has_plain_weights() -> None:
     torch.testing.assert_close(gm(*inputs), model(*inputs))
     assert audit(convert_fx(calibrate(gm, [inputs]))).mac_coverage == 1.0
     assert parametrize.is_parametrized(model.first)
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.left, self.right = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        made: Tensor = torch.cond(y.sum() > 0, self.left, lambda v: self.right(v) * 2, (y,))
+        return made
+
+
+def test_branches_of_torch_cond_are_counted_and_explained() -> None:
+    torch.manual_seed(0)
+    model, x = Branches().eval(), floats(3, 8)
+    with pytest.warns(CaptureWarning, match=r"torch\.export captured the model instead"):
+        gm = prepared(model, x)
+    row = next(row for row in explain(gm).rows if row.kind == "cond")
+    assert (row.runs, row.macs) == (Runs.FP32, None)  # what is in them cannot be counted
+    assert "calls graphs of its own, which run in FP32" in row.reason
+
+
+class WithoutGradients(Counts):
+    def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = F.relu(self.first(x))
+            with torch.enable_grad():
+                z = torch.sigmoid(y)
+        for other in rest:
+            y = y + other
+        return self.last(y) + z[:, :4]
+
+
+def test_what_an_export_wraps_for_gradients_is_quantized() -> None:
+    torch.manual_seed(0)
+    model, inputs = WithoutGradients().eval(), (floats(3, 8), floats(3, 8))
+    with pytest.warns(CaptureWarning, match=r"torch\.export captured the model instead"):
+        gm = prepared(model, *inputs)
+    torch.testing.assert_close(gm(*inputs), model(*inputs))
+    assert not any(isinstance(n.target, HigherOrderOperator) for n in gm.graph.nodes)
+    assert audit(convert_fx(calibrate(gm, [inputs]))).mac_coverage == 1.0
+    with torch.no_grad():
+        program = torch.export.export(model, inputs)
+    assert {row.kind for row in explain(prepare_fx(program, None, inputs)).rows} >= {"linear"}
 
 
 @dataclass
