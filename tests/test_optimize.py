@@ -27,7 +27,9 @@ from fxquant import (
 )
 from fxquant.native import library
 
-pytestmark = pytest.mark.filterwarnings("ignore::fxquant.LoweringWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::fxquant.LoweringWarning", "error:the native plan:fxquant.LoweringWarning"
+)
 
 needs_native = pytest.mark.skipif(
     not library.cpu_suits() or all(library.shutil.which(c) is None for c in ("g++", "clang++")),
@@ -339,6 +341,27 @@ def test_plans_of_many_shapes_do_not_pile_up() -> None:
     for size in range(10, 40):
         optimized(torch.randn(1, 3, size, size))
     assert len(optimized.plans()) == 16
+
+
+@needs_native
+@pytest.mark.parametrize("groups", [1, 16])
+def test_results_beyond_int32_are_clamped_as_torch_clamps_them(groups: int) -> None:
+    layers = [nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3, groups=groups), nn.Conv2d(16, 8, 1)]
+    model = nn.Sequential(*layers)
+    with torch.no_grad():
+        model[1].weight *= 1e-4  # its result is calibrated to a tiny range
+        model[1].bias.zero_()
+    data = torch.randn(4, 3, 12, 12)
+    int8 = quantize(model.eval(), [(data,)], bias_correction=False)
+    state = int8.state_dict()
+    scales = [n for n in state if "weight_scale" in n and n.startswith("_1")]
+    assert scales
+    for name in scales:
+        state[name] *= 1e13  # and its weights are large after all
+    int8.load_state_dict(state)
+    optimized = optimize(int8)
+    for _ in range(2):
+        assert torch.equal(optimized(data), int8(data))
 
 
 @needs_native

@@ -324,6 +324,9 @@ def _add_product(t: Translation, node: fx.Node, x: Value | None, p: _Product) ->
     if p.fbgemm and p.activation:
         return None
     dtype = torch.float32 if p.to_float else torch.uint8
+    activation, low = p.activation, p.low
+    if activation == _ACTIVATIONS["relu"] and not p.to_float:
+        activation, low = _ACTIVATIONS["none"], float(p.zero_point)  # the same, on the integers
     out = t.builder.value(meta.shape, dtype, scale=p.scale, zero_point=p.zero_point)
     scale = p.weight_scale.reshape(-1).to(torch.float32).expand(outputs).contiguous()
     bias = None if p.bias is None else p.bias.to(torch.float32).contiguous()
@@ -341,10 +344,10 @@ def _add_product(t: Translation, node: fx.Node, x: Value | None, p: _Product) ->
         kernel_h=window[0], kernel_w=window[1], stride_h=p.stride[0], stride_w=p.stride[1],
         padding_h=p.padding[0], padding_w=padding_w,
         dilation_h=p.dilation[0], dilation_w=p.dilation[1],
-        fbgemm=p.fbgemm, to_float=p.to_float, activation=p.activation,
+        fbgemm=p.fbgemm, to_float=p.to_float, activation=activation,
         in_zero_point=x.zero_point, depthwise=depthwise,
         in_scale=p.in_scale, inverse=p.inverse, zero_point=p.zero_point, out_scale=p.scale,
-        low=p.low, high=255.0, alpha=p.alpha, beta=p.beta,
+        low=low, high=255.0, alpha=p.alpha, beta=p.beta,
         other_scale=p.other_scale, other_zero_point=p.other_zero_point,
     )  # fmt: skip
 

@@ -33,7 +33,7 @@ struct Output {
   __m512i low;
   explicit Output(const DepthwiseConvolution& d)
       : r(d.requantize),
-        plain(d.requantize.activation == Activation::none && !d.has_other),
+        plain(r.bounded && r.activation == Activation::none && !d.has_other),
         input_scale(_mm512_set1_ps(r.input_scale)),
         inverse(_mm512_set1_ps(r.inverse)),
         zero_point(_mm512_set1_ps(r.zero_point)),

@@ -220,6 +220,16 @@ void CopyChannels::run(const Call& call, const Worker& worker) const {
     uint8_t* to = output + p * out.pixel * element;
     if (source.empty()) {
       memcpy(to, from, static_cast<size_t>(out.c * element));
+    } else if (halves) {
+      const int64_t half = out.c / 2;
+      for (int64_t c = 0; c < half; c += 16) {
+        const __mmask16 mask = mask16(half - c);
+        const __m128i a = _mm_maskz_loadu_epi8(mask, from + c);
+        const __m128i b = _mm_maskz_loadu_epi8(mask, from + half + c);
+        const __m256i both =
+            _mm256_set_m128i(_mm_unpackhi_epi8(a, b), _mm_unpacklo_epi8(a, b));
+        store_bytes(to + 2 * c, _mm512_castsi256_si512(both), 2 * std::min<int64_t>(16, half - c));
+      }
     } else {
       for (int64_t c = 0; c < out.c; c++) to[c] = from[source[c]];
     }

@@ -60,6 +60,7 @@ struct CopyChannels : Step {
   Tensor in, out;
   int64_t element = 1;
   std::vector<int32_t> source;
+  bool halves = false;  // `source` takes the first and the second half of the channels in turns
   void run(const Call& call, const Worker& worker) const override;
 };
 

@@ -31,7 +31,7 @@ struct Tile {
 
 // The general epilogue, from sums in memory.
 void finish(const Tile& t, const int32_t* sums, int rows, int vectors) {
-  const Requantize& r = *t.requantize;
+  const Requantize r = *t.requantize;  // a copy, which no store can change
   for (int v = 0; v < vectors; v++) {
     const int count = v == vectors - 1 ? t.last_count : 16;
     const __m512 scale = _mm512_loadu_ps(r.scale + t.channel + 16 * v);
@@ -49,6 +49,41 @@ void finish(const Tile& t, const int32_t* sums, int rows, int vectors) {
       }
     }
   }
+}
+
+// The usual epilogue: oneDNN's order of operations, bytes, and nothing that leaves int32.
+template <int MR, int NV, bool kSum>
+FXQ_INLINE void store_rows(const Tile& t, const __m512i (&acc)[MR * NV]) {
+  const Requantize& r = *t.requantize;
+  const __m512 input_scale = _mm512_set1_ps(r.input_scale);
+  const __m512 inverse = _mm512_set1_ps(r.inverse), zero_point = _mm512_set1_ps(r.zero_point);
+  const __m512 other_scale = _mm512_set1_ps(r.other_scale);
+  const __m512 other_zero = _mm512_set1_ps(r.other_zero_point);
+  const float* scale = r.scale + t.channel;
+  const float* bias = r.bias + t.channel;
+  const __m512i low = _mm512_set1_epi8(static_cast<char>(static_cast<int>(r.low)));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const int count = 16 * (NV - 1) + t.last_count;
+  const __mmask16 last = mask16(t.last_count);
+  unrolled<MR>([&](auto m) __attribute__((always_inline)) {
+    __m512i q[4];
+    unrolled<NV>(FXQ_EACH {
+      __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[m * NV + i]), input_scale);
+      y = _mm512_add_ps(_mm512_mul_ps(y, _mm512_loadu_ps(scale + 16 * i)),
+                        _mm512_loadu_ps(bias + 16 * i));
+      if constexpr (kSum) {
+        const uint8_t* other = t.other + m * t.other_pixel + 16 * i;
+        const __m512 addend = bytes_to_float(other, i == NV - 1 ? last : __mmask16{0xffff});
+        y = _mm512_fmadd_ps(_mm512_sub_ps(addend, other_zero), other_scale, y);
+      }
+      q[i] = _mm512_cvtps_epi32(_mm512_add_ps(_mm512_mul_ps(y, inverse), zero_point));
+    });
+    unrolled<4 - NV>(FXQ_EACH { q[NV + i] = q[0]; });
+    const __m512i bytes =
+        _mm512_packus_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
+    store_bytes(t.out + m * t.out_pixel,
+                _mm512_max_epu8(_mm512_permutexvar_epi32(order, bytes), low), count);
+  });
 }
 
 template <int MR, int NV>
@@ -77,34 +112,15 @@ __attribute__((noinline)) void tile(const Tile& t) {
       });
     }
   }
-  if (!r.bounded || r.fbgemm || r.to_float || r.activation != Activation::none ||
-      t.other != nullptr) {
+  if (!r.bounded || r.fbgemm || r.to_float || r.activation != Activation::none) {
     alignas(64) int32_t sums[MR * NV * 16];
     unrolled<MR * NV>(FXQ_EACH { _mm512_store_si512(sums + 16 * i, acc[i]); });
     finish(t, sums, MR, NV);
-    return;
+  } else if (t.other == nullptr) {
+    store_rows<MR, NV, false>(t, acc);
+  } else {
+    store_rows<MR, NV, true>(t, acc);
   }
-  const __m512 input_scale = _mm512_set1_ps(r.input_scale);
-  const __m512 inverse = _mm512_set1_ps(r.inverse), zero_point = _mm512_set1_ps(r.zero_point);
-  const float* scale = r.scale + t.channel;
-  const float* bias = r.bias + t.channel;
-  const __m512i low = _mm512_set1_epi8(static_cast<char>(static_cast<int>(r.low)));
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const int count = 16 * (NV - 1) + t.last_count;
-  unrolled<MR>([&](auto m) __attribute__((always_inline)) {
-    __m512i q[4];
-    unrolled<NV>(FXQ_EACH {
-      __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[m * NV + i]), input_scale);
-      y = _mm512_add_ps(_mm512_mul_ps(y, _mm512_loadu_ps(scale + 16 * i)),
-                        _mm512_loadu_ps(bias + 16 * i));
-      q[i] = _mm512_cvtps_epi32(_mm512_add_ps(_mm512_mul_ps(y, inverse), zero_point));
-    });
-    unrolled<4 - NV>(FXQ_EACH { q[NV + i] = q[0]; });
-    const __m512i bytes =
-        _mm512_packus_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
-    store_bytes(t.out + m * t.out_pixel,
-                _mm512_max_epu8(_mm512_permutexvar_epi32(order, bytes), low), count);
-  });
 }
 
 using TileFunction = void (*)(const Tile&);

@@ -97,7 +97,9 @@ static void set_constants(Plan* plan, Requantize& r, const ConvolutionArguments&
       magnitude += std::abs(weight);
     }
     const double reach = 255.0 * magnitude * a.in_scale * std::fabs(a.weight_scale[o]);
-    largest = std::max(largest, (reach + (a.bias ? std::fabs(a.bias[o]) : 0)) * a.inverse + 255);
+    const double bias_size = a.bias == nullptr ? 0.0 : std::fabs(a.bias[o]);
+    const double added = a.has_other ? 255.0 * a.other_scale : 0.0;
+    largest = std::max(largest, (reach + bias_size + added) * a.inverse + 255);
     correction[at] = static_cast<int32_t>(-sum * a.in_zero_point);
     scale[at] = a.weight_scale[o];
     bias[at] = a.bias == nullptr ? 0.0f : a.bias[o];
@@ -309,6 +311,9 @@ void fxq_add_copy(Plan* plan, const MoveArguments* a) {
   if (a->table != nullptr) {
     const auto* source = static_cast<const int32_t*>(a->table);
     step->source.assign(source, source + a->out.c);
+    step->halves = a->out.c % 2 == 0;
+    for (int64_t c = 0; c < a->out.c; c++)
+      step->halves = step->halves && source[c] == c / 2 + c % 2 * (a->out.c / 2);
   }
   plan->add(std::move(step));
 }
