@@ -68,7 +68,7 @@ def errors_of(
     priced = price(network, ["fp32", "int8"], bound, measured_damages, **options)
     problem = priced.problem
     hull = sweep(problem, lambda p: best_at(problem, p), costly="latency", other="damage")
-    by_hand = greedy(problem, "latency")
+    by_hand = [priced.settled(a) for a in greedy(problem, "latency")]
     plans = {
         "fp32": problem.uniform(["fp32"]),
         "int8": problem.uniform(["int8"]),

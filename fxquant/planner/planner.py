@@ -202,7 +202,8 @@ class _Search:
         problem = self.priced.problem
         if name == "greedy":
             small = "size" in (self.objective, *self.limited)
-            return greedy(problem, "size" if small else "latency")
+            found = greedy(problem, "size" if small else "latency")
+            return [self.priced.settled(assignment) for assignment in found]
         if name == "pareto":
             return pareto(problem)
         if name == "exhaustive":
@@ -300,7 +301,7 @@ def _first_last(priced: Priced, lowest: Assignment) -> Assignment:
         names = [choice.name for choice in priced.problem.choices[number]]
         if FP32 in names:
             found[number] = names.index(FP32)
-    return tuple(found)
+    return priced.settled(tuple(found))
 
 
 def _warn_of(plan: Plan) -> None:

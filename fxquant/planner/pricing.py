@@ -63,6 +63,28 @@ class Priced:
                 layers[unit.layer.name] = options[number].name
         return Assignment(layers)
 
+    def settled(self, choices: tuple[int, ...]) -> tuple[int, ...]:
+        """The same for the layers; what belongs to none runs in what its neighbours make cheapest.
+
+        That is what lowering does with ops that only move values, whatever a search left them in.
+        """
+        free = [
+            number
+            for number, unit in enumerate(self.wiring.units)
+            if unit.layer is None and len(self.problem.choices[number]) > 1
+        ]
+        current, improved = choices, True
+        while improved:
+            improved = False
+            for unit in free:
+                least = self.problem.latency_at(unit, current)
+                for number in range(len(self.problem.choices[unit])):
+                    changed = (*current[:unit], number, *current[unit + 1 :])
+                    latency = self.problem.latency_at(unit, changed)
+                    if latency < least:
+                        current, least, improved = changed, latency, True
+        return current
+
     def costs(self, choices: tuple[int, ...]) -> Costs:
         """Predicted costs of the whole model."""
         return self.problem.costs(choices) + self.fixed

@@ -144,6 +144,14 @@ class Problem:
         conversions = sum(self._conversion(edge, assignment) for edge in self.edges)
         return total + Costs(latency=conversions)
 
+    def latency_at(self, unit: int, assignment: Assignment) -> float:
+        """Seconds of one unit and of the conversions of the tensors that it writes and reads."""
+        own = self.choices[unit][assignment[unit]].costs.latency
+        return own + sum(self._conversion(edge, assignment) for edge in self._edges_at(unit))
+
+    def _edges_at(self, unit: int) -> tuple[Edge, ...]:
+        return tuple(e for e in self.edges if unit == e.producer or unit in e.consumers)
+
     def _conversion(self, edge: Edge, assignment: Assignment) -> float:
         writes = self.representation(edge.producer, assignment, written=True)
         reads = {self.representation(c, assignment, written=False) for c in edge.consumers}

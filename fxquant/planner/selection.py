@@ -227,8 +227,10 @@ class Selection:
             if self.priced.wiring.units[unit].layer is None:
                 continue
             for number in range(len(choices)):
-                changed = (*assignment[:unit], number, *assignment[unit + 1 :])
-                if number != assignment[unit] and self.fits(changed):
+                if number == assignment[unit]:
+                    continue
+                changed = self.priced.settled((*assignment[:unit], number, *assignment[unit + 1 :]))
+                if self.fits(changed):
                     after = self.priced.costs(changed)
                     more = [a - b for a, b in zip(after.vector, before.vector, strict=True)]
                     found.append((changed, unit, Costs(*more)))

@@ -38,9 +38,10 @@ from fxquant.planner.candidates import CANDIDATES, precisions_of, representation
 from fxquant.planner.clock import node_times
 from fxquant.planner.planner import STRATEGIES
 from fxquant.planner.pricing import Priced, price
-from fxquant.planner.problem import OUTSIDE, Costs
-from fxquant.planner.units import shares_of, wiring_of
+from fxquant.planner.problem import OUTSIDE, Choice, Costs, Edge, Problem
+from fxquant.planner.units import Unit, Wiring, shares_of, wiring_of
 from fxquant.sensitivity.network import Assignment, CalibratedNetwork
+from tests.made_layers import made_layer
 
 PER_TENSOR = QConfig(
     activation=get_default_qconfig("x86").activation, weight=default_weight_observer
@@ -382,6 +383,23 @@ def test_the_cache_knows_graphs_by_form(network: CalibratedNetwork, model: nn.Mo
     assert graph_key(lowered(same, Assignment()), same.batches[0]) == key
     assert graph_key(lowered(other, Assignment()), other.batches[0]) != key
     assert graph_key(lowered(network, Assignment({"b": "fp32"})), network.batches[0]) != key
+
+
+def test_what_belongs_to_no_layer_follows_its_neighbours() -> None:
+    units = tuple(
+        Unit(n, (n,), n, made_layer(n) if n != "pad" else None) for n in ("a", "pad", "b")
+    )
+    both = tuple(
+        (Choice("fp32", Costs(3.0)), Choice("int8", Costs(1.0), reads="int8", writes="int8"))
+        for _ in units
+    )
+    pairs = {("float", "int8"): 1.5, ("int8", "float"): 1.5}
+    edges = (Edge(0, (1,), pairs), Edge(1, (2,), pairs), Edge(2, (OUTSIDE,), pairs))
+    priced = Priced(Problem(("a", "pad", "b"), both, edges), Wiring(units, ()), Costs(), 0)
+    assert priced.settled((0, 1, 0)) == (0, 0, 0)  # int8 saves 2 and two conversions cost 3
+    assert priced.settled((0, 0, 1)) == (0, 1, 1)
+    assert priced.settled((1, 0, 1)) == (1, 1, 1)
+    assert priced.settled((0, 1, 1)) == (0, 1, 1)
 
 
 @pytest.mark.parametrize(
