@@ -134,7 +134,10 @@ def test_a_busy_machine_is_told() -> None:
         for w in (0.04, 0.31)
     )
     assert "busy" not in markdown({("tiny", 1): quiet})
-    assert "31 % of the time" in markdown({("tiny", 1): busy})
+    told = markdown({("tiny", 1): busy})
+    assert "31 % of the time" in told
+    assert told.count("| tiny (busy)") == 2
+    assert told.count("not told") == 6
 
 
 def test_a_page_keeps_what_is_around_the_tables(tmp_path: Path) -> None:

@@ -78,11 +78,15 @@ def _machine(tables: Iterable[Table]) -> str:
 
 
 def _summary(tables: Sequence[Table], *, fastest: bool = False) -> str:
-    """Ours over theirs: one row per network."""
+    """Ours over theirs: one row per network; no medians where the machine was busy."""
     rows = []
     for table in tables:
         ours = next((n for n in _OURS if n in table.rows and table.rows[n].medians), _OURS[-1])
-        cells = [table.network, BY_NAME[ours].label]
+        busy = table.waited >= _QUIET
+        cells = [f"{table.network} (busy)" if busy else table.network, BY_NAME[ours].label]
+        if busy and not fastest:
+            rows.append([*cells, *("not told" for _ in _OTHERS)])
+            continue
         for names in _OTHERS.values():
             other = table.fastest(right(table, names))
             named = f" ({other.removeprefix('torch-ao-')})" if other in _TORCH_AO else ""
@@ -122,7 +126,7 @@ def _disturbed(table: Table) -> str:
         return ""
     return (
         f" **The machine was busy: {100 * table.waited:.0f} % of the time went by waiting for a"
-        " core. Times mean little, ratios favour short calls; trust the fastest calls at most.**"
+        " core. Times and ratios mean little: short calls slip through, long ones never do.**"
     )
 
 
