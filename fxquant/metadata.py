@@ -158,6 +158,22 @@ def update_record(node: fx.Node, **changes: Any) -> NodeRecord:
     return record
 
 
+def fused_with(node: fx.Node) -> list[fx.Node]:
+    """``node`` and the other members of its pattern, in graph order; they read each other."""
+    fusion = record_of(node).fusion
+    if fusion is None:
+        return [node]
+    found, pending = {node}, [node]
+    while pending:
+        one = pending.pop()
+        for other in {*one.all_input_nodes, *one.users} - found:
+            theirs = record_of(other).fusion
+            if theirs is not None and theirs.group == fusion.group:
+                found.add(other)
+                pending.append(other)
+    return sorted(found)
+
+
 def add_reason(node: fx.Node, reason: str) -> None:
     """Append ``reason`` to the record of ``node``, once."""
     reasons = record_of(node).reasons

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -122,7 +122,7 @@ class GraphRewriter:
         """
         base = wish.replace(".", "_")
         name, number = base, 0
-        while name in taken or hasattr(self.gm, name):
+        while name in taken or has_own(self.gm, name):
             number += 1
             name = f"{base}_{number}"
         return name
@@ -169,15 +169,20 @@ class GraphRewriter:
         node.args = args
         self.changes += 1
 
-    def rename_packed(self, old: PackRecord, new: PackRecord) -> None:
-        """Keep the packed constant ``old`` as ``new``, and read it there."""
+    def rename_packed(self, named: Mapping[str, PackRecord]) -> None:
+        """Keep packed constants under other names, and read them there.
+
+        Args:
+            named: name -> the record that takes the place of the one with this name.
+        """
         gm = self.gm
-        gm.update_state(packs=tuple(new if pack is old else pack for pack in gm.state.packs))
-        gm.__dict__.pop(old.name, None)
+        gm.update_state(packs=tuple(named.get(pack.name, pack) for pack in gm.state.packs))
+        for name in named:
+            gm.__dict__.pop(name, None)
         for node in gm.graph.nodes:
-            if node.op == "get_attr" and node.target == old.name:
-                node.target = new.name
-        self.changes += 1
+            if node.op == "get_attr" and node.target in named:
+                node.target = named[str(node.target)].name
+        self.changes += len(named)
 
     def retarget_module(
         self,
@@ -329,6 +334,15 @@ class GraphRewriter:
             node.stack_trace = like.stack_trace
         self.changes += 1
         return node
+
+
+def has_own(gm: QuantGraphModule, name: str) -> bool:
+    """Whether ``gm`` has an attribute of this name; packs nothing, and makes no view of a kernel.
+
+    Unlike ``hasattr``, which does both.
+    """
+    stores = (gm.__dict__, gm._parameters, gm._buffers, gm._modules)
+    return any(name in store for store in stores) or hasattr(type(gm), name)
 
 
 def paths_to(path: str) -> tuple[str, ...]:

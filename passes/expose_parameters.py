@@ -12,7 +12,7 @@ from fxquant.graph_module import PackRecord, QuantGraphModule
 from fxquant.metadata import record_of, update_record
 from fxquant.packing import UNPACKED
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
-from fxquant.rewriter import GraphRewriter
+from fxquant.rewriter import GraphRewriter, has_own
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,9 @@ class ExposeParameters(Pass):
     def run(self, gm: QuantGraphModule, context: PassContext) -> PassResult:
         """Expose in graph order."""
         rewriter = GraphRewriter(gm, self.name)
+        packs = {pack.name: pack for pack in gm.state.packs if _is_open(pack)}
+        named: dict[str, PackRecord] = {}
+        numbers: dict[str, int] = {}
         for node in list(gm.graph.nodes):
             if not _is_function(node):
                 continue
@@ -40,8 +43,13 @@ class ExposeParameters(Pass):
                     update_record(args[position], is_number=True)
             if tuple(args) != node.args:
                 rewriter.replace_arguments(node, tuple(args))
-            for record in _packed(gm, node):
-                _rename(rewriter, record, node)
+            sources = [str(s.target) for s in node.all_input_nodes if s.op == "get_attr"]
+            for name in dict.fromkeys(sources):
+                if name in packs and name not in named:
+                    new = _name_for(gm, node, numbers)
+                    named[name] = replace(packs[name], name=new, saved=True)
+        if named:
+            rewriter.rename_packed(named)
         return PassResult(changes=rewriter.finish())
 
 
@@ -54,17 +62,22 @@ def _is_function(node: fx.Node) -> bool:
     return bool(record.kernel) and not moves and not record.module
 
 
-def _packed(gm: QuantGraphModule, node: fx.Node) -> list[PackRecord]:
-    """The packed weights of ``node`` that have not been named yet, and can be unpacked."""
-    names = {str(source.target) for source in node.all_input_nodes if source.op == "get_attr"}
-    packs = (pack for pack in gm.state.packs if pack.name in names)
-    return [pack for pack in packs if not pack.saved and pack.packer in UNPACKED]
+def _is_open(pack: PackRecord) -> bool:
+    """Whether a packed weight has not been named yet, and can be unpacked."""
+    return not pack.saved and pack.packer in UNPACKED
 
 
-def _rename(rewriter: GraphRewriter, record: PackRecord, node: fx.Node) -> None:
-    gm, number = rewriter.gm, 0
+def _name_for(gm: QuantGraphModule, node: fx.Node, numbers: dict[str, int]) -> str:
+    """The next free name for a packed weight of ``node``.
+
+    Args:
+        gm: the module.
+        node: that reads the weight.
+        numbers: the next number for each beginning of a name.
+    """
     prefix = f"{record_of(node).scope.replace('.', '_')}_packed_weight_"
-    while hasattr(gm, f"{prefix}{number}"):
+    number = numbers.get(prefix, 0)
+    while has_own(gm, f"{prefix}{number}"):
         number += 1
-    named = replace(record, name=f"{prefix}{number}", saved=True)
-    rewriter.rename_packed(record, named)
+    numbers[prefix] = number + 1
+    return f"{prefix}{number}"

@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,7 +19,14 @@ from fxquant.errors import CalibrationWarning, NonFiniteStatisticError
 from fxquant.functional import FUNCTIONS, functional_call
 from fxquant.graph_module import QuantGraphModule, Stage
 from fxquant.kernel_probe import dynamic_quant_max
-from fxquant.metadata import Annotation, TensorRecord, add_reason, record_of, update_record
+from fxquant.metadata import (
+    Annotation,
+    TensorRecord,
+    add_reason,
+    fused_with,
+    record_of,
+    update_record,
+)
 from fxquant.observed import (
     in_half_precision,
     is_ready,
@@ -103,6 +111,9 @@ class TorchNames:
     """
 
     mapping: QConfigMapping = field(default_factory=QConfigMapping)
+    _next: WeakKeyDictionary[QuantGraphModule, dict[str, int]] = field(
+        default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
+    )
 
     def __call__(self, gm: QuantGraphModule, observer: fx.Node) -> tuple[str, str]:
         """The names of scale and zero point for the value that ``observer`` watches."""
@@ -111,9 +122,11 @@ class TorchNames:
         speaker = _first_part(value) if own else _reader(gm, observer)
         path = str(speaker.target) if speaker.op == "call_module" else record_of(speaker).scope
         prefix = path.replace(".", "_") + ("" if own else "_input")
-        number = 0
+        numbers = self._next.setdefault(gm, {})  # below them all are taken
+        number = numbers.get(prefix, 0)
         while hasattr(gm, f"{prefix}_scale_{number}"):
             number += 1
+        numbers[prefix] = number
         return f"{prefix}_scale_{number}", f"{prefix}_zero_point_{number}"
 
     def _has_qconfig(self, value: fx.Node) -> bool:
@@ -128,15 +141,8 @@ def _first_part(value: fx.Node) -> fx.Node:
     fusion = record_of(value).fusion
     if fusion is None:
         return value
-    first = value
-    while first.name != fusion.first:  # the members of a pattern follow each other
-        first = next(n for n in first.all_input_nodes if _group_of(n) == fusion.group)
+    first = next(node for node in fused_with(value) if node.name == fusion.first)
     return first if first.op == "call_module" else value
-
-
-def _group_of(node: fx.Node) -> int | None:
-    fusion = record_of(node).fusion
-    return None if fusion is None else fusion.group
 
 
 def _reader(gm: QuantGraphModule, observer: fx.Node) -> fx.Node:

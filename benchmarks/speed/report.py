@@ -167,18 +167,18 @@ def _grid(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
-def put_between_markers(page: Path, text: str) -> None:
-    """Replace what is between :data:`BEGIN` and :data:`END` in ``page``.
+def put_between_markers(page: Path, text: str, begin_mark: str = BEGIN) -> None:
+    """Replace what is between ``begin_mark`` and :data:`END` in ``page``.
 
     Raises:
         ValueError: the page does not have each of them once, in this order.
     """
     whole = page.read_text()
-    before, begin, rest = whole.partition(BEGIN)
+    before, begin, rest = whole.partition(begin_mark)
     _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in after:
-        raise ValueError(f"{page} needs the lines {BEGIN!r} and {END!r}, once each")
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+    if not begin or not end or begin_mark in rest or END in after:
+        raise ValueError(f"{page} needs the lines {begin_mark!r} and {END!r}, once each")
+    page.write_text(f"{before}{begin_mark}\n\n{text}\n{END}{after}")
 
 
 def picture_of(pictures: Path, threads: int) -> Path:

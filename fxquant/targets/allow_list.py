@@ -21,7 +21,7 @@ from fxquant.backend_patterns import op_name
 from fxquant.dataflow import is_presumably_float
 from fxquant.dtype_config import DTypeConfig
 from fxquant.errors import ConfigWarning, Diagnostics
-from fxquant.metadata import record_of
+from fxquant.metadata import fused_with, record_of
 from fxquant.op_catalog import KIND_BY_FUNCTION, KIND_BY_METHOD, KIND_BY_MODULE
 from fxquant.op_view import Op, type_of
 from fxquant.qat_modules import FLOAT_BY_QAT
@@ -345,15 +345,7 @@ class _ListedForm:
 
 def chain_types(op: Op) -> tuple[OpType, ...]:
     """The types of an op and of what is fused behind it."""
-    fusion = record_of(op.node).fusion
-    if fusion is None:
-        return (type_of(op.owner, op.node),)
-    members = [
-        node
-        for node in op.node.graph.nodes
-        if (other := record_of(node).fusion) is not None and other.group == fusion.group
-    ]
-    return tuple(type_of(op.owner, node) for node in members)
+    return tuple(type_of(op.owner, node) for node in fused_with(op.node))
 
 
 def _qconfig_refusal(op: Op, qconfig: QConfig, row: Row, allow: AllowList) -> str | None:
