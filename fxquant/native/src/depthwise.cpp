@@ -51,22 +51,32 @@ FXQ_INLINE __m512i packed(const __m512i* q) {
   return _mm512_packus_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
 }
 
-__attribute__((noinline)) __m512i with_activation(const Output& o, const __m512i* acc, int64_t at,
-                                                  const uint8_t* other, __mmask64 mask) {
+template <Activation kActivation>
+__m512i general(const Output& o, const __m512i* acc, int64_t at, const uint8_t* other,
+                __mmask64 mask) {
   const __m512i zero = _mm512_setzero_si512();
   const __m512i bytes = other == nullptr ? zero : _mm512_maskz_loadu_epi8(mask, other);
   const Interleaved addend(bytes, zero, zero, zero);
   __m512i q[4];
-  for (int v = 0; v < 4; v++) {
+  unrolled<4>([&](auto v) __attribute__((always_inline)) {
     __m512 y = scaled(o, acc[v], at + 16 * v);
     if (other != nullptr) {
       const __m512 from_zero = _mm512_sub_ps(_mm512_cvtepi32_ps(addend.part[v]),
                                              _mm512_set1_ps(o.r.other_zero_point));
       y = _mm512_fmadd_ps(from_zero, _mm512_set1_ps(o.r.other_scale), y);
     }
-    q[v] = in_integers(activate(y, o.r), o.r);
-  }
+    q[v] = in_integers(activate<kActivation>(y, o.r), o.r);
+  });
   return packed(q);
+}
+
+__attribute__((noinline)) __m512i general(const Output& o, const __m512i* acc, int64_t at,
+                                          const uint8_t* other, __mmask64 mask) {
+  __m512i bytes;
+  with_activation_of(o.r, [&](auto a) {
+    bytes = general<decltype(a)::value>(o, acc, at, other, mask);
+  });
+  return bytes;
 }
 
 FXQ_INLINE void store(const Output& o, const __m512i (&acc)[4], int64_t at, uint8_t* out,
@@ -82,7 +92,7 @@ FXQ_INLINE void store(const Output& o, const __m512i (&acc)[4], int64_t at, uint
   } else {
     alignas(64) __m512i sums[4];
     unrolled<4>(FXQ_EACH { sums[i] = acc[i]; });
-    bytes = with_activation(o, sums, at, other, mask64(count));
+    bytes = general(o, sums, at, other, mask64(count));
   }
   store_bytes(out, bytes, count);
 }

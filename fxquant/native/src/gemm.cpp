@@ -30,7 +30,8 @@ struct Tile {
 };
 
 // The general epilogue, from sums in memory.
-void finish(const Tile& t, const int32_t* sums, int rows, int vectors) {
+template <Activation kActivation>
+void finish_with(const Tile& t, const int32_t* sums, int rows, int vectors) {
   const Requantize r = *t.requantize;  // a copy, which no store can change
   for (int v = 0; v < vectors; v++) {
     const int count = v == vectors - 1 ? t.last_count : 16;
@@ -40,7 +41,7 @@ void finish(const Tile& t, const int32_t* sums, int rows, int vectors) {
       const __m512i sum = _mm512_loadu_si512(sums + 16 * (m * vectors + v));
       const uint8_t* other =
           t.other == nullptr ? nullptr : t.other + m * t.other_pixel + 16 * v;
-      const __m512 y = in_float(sum, scale, bias, r, other, mask16(count));
+      const __m512 y = in_float<kActivation>(sum, scale, bias, r, other, mask16(count));
       const int64_t at = m * t.out_pixel + 16 * v;
       if (r.to_float) {
         store_16(reinterpret_cast<float*>(t.out) + at, y, count);
@@ -49,6 +50,11 @@ void finish(const Tile& t, const int32_t* sums, int rows, int vectors) {
       }
     }
   }
+}
+
+__attribute__((noinline)) void finish(const Tile& t, const int32_t* sums, int rows, int vectors) {
+  with_activation_of(*t.requantize,
+                     [&](auto a) { finish_with<decltype(a)::value>(t, sums, rows, vectors); });
 }
 
 // The usual epilogue: oneDNN's order of operations, bytes, and nothing that leaves int32.

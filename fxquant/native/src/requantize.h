@@ -33,7 +33,7 @@ struct Requantize {
 };
 
 // e^x of oneDNN's elementwise kernels (oneDNN 3, f32 on AVX512).
-inline __m512 onednn_exp(__m512 x) {
+FXQ_INLINE __m512 onednn_exp(__m512 x) {
   const auto constant = [](uint32_t bits) {
     return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(bits)));
   };
@@ -58,7 +58,7 @@ inline __m512 onednn_exp(__m512 x) {
 }
 
 // 1 / (1 + e^-x), by the symmetry that oneDNN uses.
-inline __m512 onednn_logistic(__m512 x) {
+FXQ_INLINE __m512 onednn_logistic(__m512 x) {
   const __m512 sign = _mm512_set1_ps(-0.0f), one = _mm512_set1_ps(1.0f);
   const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(x));
   const __m512 e = onednn_exp(_mm512_or_ps(x, sign));
@@ -66,34 +66,49 @@ inline __m512 onednn_logistic(__m512 x) {
   return _mm512_mask_mov_ps(_mm512_sub_ps(one, low), negative, low);
 }
 
-inline __m512 activate(__m512 y, const Requantize& r) {
+template <Activation kActivation>
+FXQ_INLINE __m512 activate(__m512 y, const Requantize& r) {
   const __m512 zero = _mm512_setzero_ps();
+  if constexpr (kActivation == Activation::relu) {
+    return _mm512_max_ps(y, zero);
+  } else if constexpr (kActivation == Activation::clamp) {
+    return _mm512_min_ps(_mm512_max_ps(y, _mm512_set1_ps(r.alpha)), _mm512_set1_ps(r.beta));
+  } else if constexpr (kActivation == Activation::hardswish) {
+    const __m512 sixth = _mm512_mul_ps(y, _mm512_set1_ps(1.0f / 6.0f));
+    const __m512 gate = _mm512_add_ps(sixth, _mm512_set1_ps(0.5f));
+    return _mm512_mul_ps(y, _mm512_min_ps(_mm512_max_ps(gate, zero), _mm512_set1_ps(1.0f)));
+  } else if constexpr (kActivation == Activation::silu) {
+    return _mm512_mul_ps(onednn_logistic(y), y);
+  } else {
+    return y;
+  }
+}
+
+// f(activation), with an activation that is a constant.
+template <typename F>
+FXQ_INLINE void with_activation_of(const Requantize& r, const F& f) {
   switch (r.activation) {
     case Activation::none:
-      return y;
+      return f(std::integral_constant<Activation, Activation::none>{});
     case Activation::relu:
-      return _mm512_max_ps(y, zero);
-    case Activation::clamp:
-      return _mm512_min_ps(_mm512_max_ps(y, _mm512_set1_ps(r.alpha)), _mm512_set1_ps(r.beta));
-    case Activation::hardswish: {
-      const __m512 one = _mm512_set1_ps(1.0f);
-      const __m512 sixth = _mm512_mul_ps(y, _mm512_set1_ps(1.0f / 6.0f));
-      const __m512 gate = _mm512_add_ps(sixth, _mm512_set1_ps(0.5f));
-      return _mm512_mul_ps(y, _mm512_min_ps(_mm512_max_ps(gate, zero), one));
-    }
+      return f(std::integral_constant<Activation, Activation::relu>{});
+    case Activation::hardswish:
+      return f(std::integral_constant<Activation, Activation::hardswish>{});
     case Activation::silu:
-      return _mm512_mul_ps(onednn_logistic(y), y);
+      return f(std::integral_constant<Activation, Activation::silu>{});
+    case Activation::clamp:
+      return f(std::integral_constant<Activation, Activation::clamp>{});
   }
-  return y;
 }
 
 // 16 channels in float, in front of the conversion to bytes; `other` points at these channels.
-inline __m512 in_float(__m512i sum, __m512 scale, __m512 bias, const Requantize& r,
+template <Activation kActivation>
+FXQ_INLINE __m512 in_float(__m512i sum, __m512 scale, __m512 bias, const Requantize& r,
                        const uint8_t* other, __mmask16 mask) {
   __m512 y = _mm512_cvtepi32_ps(sum);
   if (r.dynamic) {
     const __m512 both = _mm512_mul_ps(_mm512_set1_ps(r.input_scale), scale);
-    return activate(_mm512_fmadd_ps(y, both, bias), r);
+    return activate<kActivation>(_mm512_fmadd_ps(y, both, bias), r);
   }
   if (r.fbgemm) return _mm512_mul_ps(_mm512_add_ps(y, bias), scale);
   y = _mm512_mul_ps(y, _mm512_set1_ps(r.input_scale));
@@ -103,10 +118,10 @@ inline __m512 in_float(__m512i sum, __m512 scale, __m512 bias, const Requantize&
         _mm512_sub_ps(bytes_to_float(other, mask), _mm512_set1_ps(r.other_zero_point));
     y = _mm512_fmadd_ps(from_zero, _mm512_set1_ps(r.other_scale), y);
   }
-  return activate(y, r);
+  return activate<kActivation>(y, r);
 }
 
-inline __m512i in_integers(__m512 y, const Requantize& r) {
+FXQ_INLINE __m512i in_integers(__m512 y, const Requantize& r) {
   const __m512 zero_point = _mm512_set1_ps(r.zero_point);
   if (r.fbgemm) {  // rounds first
     y = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
