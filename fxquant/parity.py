@@ -170,8 +170,8 @@ def parity(
     """
     args, kwargs = as_arguments(inputs)
     with torch.no_grad():
-        rows = _rows(_reference(prepared_or_reference), int8_model, args, kwargs)
-    return ParityReport(rows=tuple(rows))
+        rows = tuple(_rows(_reference(prepared_or_reference), int8_model, args, kwargs))
+    return ParityReport(rows=rows)
 
 
 def _rows(
