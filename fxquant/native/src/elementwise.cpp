@@ -63,7 +63,11 @@ void Quantize::run(const Call& call, const Worker& worker) const {
           const __m512 plane = _mm512_maskz_loadu_ps(mask, from + c * stride_c + x);
           lanes = _mm512_or_si512(_mm512_slli_epi32(lanes, 8), quantized(plane, scale, zero));
         }
-        store_bytes(to + 4 * x, lanes, 4 * std::min<int64_t>(16, out.w - x));
+        if (x + 16 <= out.w) {
+          _mm512_storeu_si512(to + 4 * x, lanes);
+        } else {
+          _mm512_mask_storeu_epi32(to + 4 * x, mask, lanes);
+        }
       }
     } else if (stride_w == 1 && out.w > 1) {
       for (int64_t c = 0; c < out.c; c++) {

@@ -118,7 +118,16 @@ __attribute__((noinline)) void tile(const Tile& t) {
       });
     }
   }
-  if (!r.bounded || r.fbgemm || r.to_float || r.activation != Activation::none) {
+  if (r.dynamic && r.activation == Activation::none && t.last_count == 16) {
+    const __m512 input_scale = _mm512_set1_ps(r.input_scale);
+    unrolled<MR * NV>(FXQ_EACH {
+      const float* constants = r.scale + t.channel + 16 * (i % NV);
+      const __m512 both = _mm512_mul_ps(input_scale, _mm512_loadu_ps(constants));
+      const __m512 bias = _mm512_loadu_ps(r.bias + t.channel + 16 * (i % NV));
+      _mm512_storeu_ps(reinterpret_cast<float*>(t.out) + i / NV * t.out_pixel + 16 * (i % NV),
+                       _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[i]), both, bias));
+    });
+  } else if (!r.bounded || r.fbgemm || r.to_float || r.activation != Activation::none) {
     alignas(64) int32_t sums[MR * NV * 16];
     unrolled<MR * NV>(FXQ_EACH { _mm512_store_si512(sums + 16 * i, acc[i]); });
     finish(t, sums, MR, NV);
@@ -209,6 +218,13 @@ void GemmConvolution::run_block(const Call& call, int64_t group, const ChannelBl
   const auto rows =
       static_cast<const uint8_t**>(alloca(sizeof(uint8_t*) * positions * rows_at_once));
   t.rows = rows;
+  // Each tile fetches its part of the next block's weights, which come from far away in large layers.
+  const int64_t size = int64_t{64} * block.vectors * positions * t.groups_of_4;
+  const int64_t ahead = std::min(size, weights_size - packed - size);
+  const int64_t tiles = (last - first + rows_at_once - 1) / rows_at_once;
+  const int64_t each = tiles < 4 ? 0 : round_up((ahead + tiles - 1) / tiles, 64);
+  const char* next = reinterpret_cast<const char*>(t.weights + size);
+  const char* const end = next + ahead;
   Cursor at = cursor(first);
   for (int64_t m = first; m < last; m += rows_at_once) {
     const int count = static_cast<int>(std::min<int64_t>(rows_at_once, last - m));
@@ -217,6 +233,8 @@ void GemmConvolution::run_block(const Call& call, int64_t group, const ChannelBl
     } else {
       find_rows(input, at, count, rows);
     }
+    for (const char* stop = std::min(next + each, end); next < stop; next += 64)
+      _mm_prefetch(next, _MM_HINT_T1);
     t.out = output + m * out.pixel * element;
     t.other = addend == nullptr ? nullptr : addend + m * other.pixel;
     kTiles[block.vectors - 1][count - 1](t);

@@ -56,22 +56,40 @@ void AveragePool::run(const Call& call, const Worker& worker) const {
           divisor != 0 ? divisor : count_padding ? (y_end - y) * (x_end - x) : real;
       const __m512i start = _mm512_set1_epi32(static_cast<int>(-real * zero_point));
       const __m512 factor = _mm512_set1_ps(1.0f / static_cast<float>(count));
-      for (int64_t c = 0; c < out.c; c += 16) {
-        const __mmask16 mask = mask16(out.c - c);
-        __m512i sum = start;
+      uint8_t* to = output + (line * out.w + column) * out.pixel;
+      for (int64_t c = 0; c < out.c; c += 64) {
+        const __mmask64 mask = mask64(out.c - c);
+        const __m512i zero = _mm512_setzero_si512();
+        // Sums of up to 257 bytes fit into 16 bits; of more, into the wide ones.
+        __m512i low = zero, high = zero, wide[4] = {zero, zero, zero, zero};
+        int narrow = 0;
+        const auto widen = [&] {
+          wide[0] = _mm512_add_epi32(wide[0], _mm512_unpacklo_epi16(low, zero));
+          wide[1] = _mm512_add_epi32(wide[1], _mm512_unpackhi_epi16(low, zero));
+          wide[2] = _mm512_add_epi32(wide[2], _mm512_unpacklo_epi16(high, zero));
+          wide[3] = _mm512_add_epi32(wide[3], _mm512_unpackhi_epi16(high, zero));
+          low = high = zero;
+          narrow = 0;
+        };
         for (int64_t iy = y_from; iy < y_to; iy++) {
-          for (int64_t ix = x_from; ix < x_to; ix++) {
-            const uint8_t* at = input + ((n * in.h + iy) * in.w + ix) * in.pixel + c;
-            sum = _mm512_add_epi32(sum, _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, at)));
+          const uint8_t* at = input + ((n * in.h + iy) * in.w + x_from) * in.pixel + c;
+          for (int64_t ix = x_from; ix < x_to; ix++, at += in.pixel) {
+            const __m512i bytes = _mm512_maskz_loadu_epi8(mask, at);
+            low = _mm512_add_epi16(low, _mm512_unpacklo_epi8(bytes, zero));
+            high = _mm512_add_epi16(high, _mm512_unpackhi_epi8(bytes, zero));
+            if (++narrow == 257) widen();
           }
         }
-        const __m512 rounded =
-            _mm512_roundscale_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), factor),
-                                 _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        const __m512i q =
-            to_int(_mm512_add_ps(rounded, _mm512_set1_ps(static_cast<float>(zero_point))),
-                   _mm512_setzero_ps(), _mm512_set1_ps(255.0f));
-        store_16(output + (line * out.w + column) * out.pixel + c, q, out.c - c);
+        widen();
+        __m512i q[4];
+        unrolled<4>(FXQ_EACH {
+          const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(wide[i], start));
+          q[i] = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(sum, factor)),
+                                  _mm512_set1_epi32(zero_point));
+        });
+        const __m512i bytes =
+            _mm512_packus_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
+        store_bytes(to + c, bytes, std::min<int64_t>(64, out.c - c));
       }
     }
   }
