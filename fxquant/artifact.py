@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxquant._version import __version__
-from fxquant.autocast import without_autocast
+from fxquant.autocast import outside_modes
 from fxquant.channel_mean import ChannelMean
 from fxquant.config_file import qconfig_from_plain, qconfig_to_plain
 from fxquant.errors import ArtifactError, Diagnostics, StrictModeError, did_you_mean
@@ -117,7 +117,7 @@ def _encoded(model: QuantGraphModule) -> tuple[dict[str, Any], dict[str, Tensor]
     return header, tensors
 
 
-@without_autocast
+@outside_modes
 def load(
     path: str | os.PathLike[str],
     *,

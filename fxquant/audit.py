@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 
 from fxquant._version import __version__
-from fxquant.autocast import without_autocast
+from fxquant.autocast import outside_modes
 from fxquant.errors import CaptureError, ConfigError, CoverageError
 from fxquant.graph_module import QuantGraphModule, Stage, graphs_in
 from fxquant.inputs import bind_examples, made_up_inputs
@@ -214,7 +214,7 @@ class AuditReport:
         return self.to_text(terminal_width())
 
 
-@without_autocast
+@outside_modes
 def audit(int8_model: nn.Module, example_inputs: Any = None) -> AuditReport:
     """Count what runs int8, and have the profiler confirm it.
 

@@ -1,4 +1,4 @@
-"""Autocast, switched off where fxquant computes: its casts are those of the graph and no others."""
+"""Modes of the caller that are switched off where fxquant computes: autocast, inference mode."""
 
 from __future__ import annotations
 
@@ -32,12 +32,18 @@ def no_autocast() -> Iterator[None]:
         yield
 
 
-def without_autocast(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
-    """``function`` run inside :func:`no_autocast`."""
+def outside_modes(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """``function`` run inside :func:`no_autocast`, and outside ``torch.inference_mode``.
+
+    Tensors made in inference mode could not be changed outside it, and count no versions.
+    """
 
     @functools.wraps(function)
     def run(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
-        with no_autocast():
+        with ExitStack() as stack:
+            stack.enter_context(no_autocast())
+            if torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(False))
             return function(*args, **kwargs)
 
     return run

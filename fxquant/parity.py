@@ -28,7 +28,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
-from fxquant.autocast import without_autocast
+from fxquant.autocast import outside_modes
 from fxquant.errors import ConfigError
 from fxquant.graph_module import QuantGraphModule, Stage, parts_below
 from fxquant.kernels import as_bytes, as_quantized
@@ -150,7 +150,7 @@ class ParityReport:
         return tabulate(table, headers=headers, disable_numparse=True)
 
 
-@without_autocast
+@outside_modes
 def parity(
     prepared_or_reference: QuantGraphModule, int8_model: QuantGraphModule, inputs: Any
 ) -> ParityReport:

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from torch import fx, nn
 
-from fxquant.autocast import without_autocast
+from fxquant.autocast import outside_modes
 from fxquant.capture import capture, warn_of_islands
 from fxquant.errors import (
     CaptureError,
@@ -68,7 +68,7 @@ class _Missing:
 _MISSING: Final = _Missing()
 
 
-@without_autocast
+@outside_modes
 @code_written_once()
 def prepare_fx(
     model: nn.Module,
@@ -130,7 +130,7 @@ def prepare_fx(
     return _prepare(model, example_inputs, pipeline, call)
 
 
-@without_autocast
+@outside_modes
 @code_written_once()
 def prepare_qat_fx(
     model: nn.Module,
@@ -259,7 +259,7 @@ def _run_prepare(
     pipeline(nest).run(gm, context)
 
 
-@without_autocast
+@outside_modes
 @code_written_once()
 def convert_fx(
     prepared: nn.Module, *, tune: bool | KernelTable = False, strict: bool = False
@@ -301,7 +301,7 @@ def convert_fx(
     return gm
 
 
-@without_autocast
+@outside_modes
 @code_written_once()
 def convert_to_reference_fx(prepared: nn.Module, *, strict: bool = False) -> QuantGraphModule:
     """Turn a calibrated module into quantize, dequantize and float ops.
@@ -323,7 +323,7 @@ def convert_to_reference_fx(prepared: nn.Module, *, strict: bool = False) -> Qua
     return gm
 
 
-@without_autocast
+@outside_modes
 @code_written_once()
 def fuse_fx(
     model: nn.Module, *, example_inputs: Any = None, strict: bool = False

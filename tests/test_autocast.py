@@ -22,7 +22,9 @@ from fxquant import (
     fuse_fx,
     get_default_qconfig,
     load,
+    optimize,
     prepare_fx,
+    quantize,
     save,
 )
 from fxquant.errors import ShapeGuardError
@@ -211,3 +213,16 @@ def test_calibrated_on_a_gpu_converted_for_the_cpu(x: Tensor, move: str) -> None
     assert torch.equal(gm(x), on_cpu(x))
     with torch.autocast("cuda", dtype=torch.bfloat16):
         assert reference(x.cuda()).dtype is torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:optimize changes nothing")
+def test_models_are_quantized_in_inference_mode() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    with torch.inference_mode():
+        x = torch.randn(2, 3, 9, 9)
+        int8 = quantize(model.eval(), [(x,)])
+        inside = int8(x)
+    assert not any(t.is_inference() for t in int8.state_dict().values())
+    y = x.clone()
+    assert torch.equal(int8(y), inside)
+    assert torch.equal(optimize(int8)(y), inside)

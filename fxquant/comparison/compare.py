@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxquant.autocast import without_autocast
+from fxquant.autocast import outside_modes
 from fxquant.calibration import placing
 from fxquant.capture import capture
 from fxquant.comparison.measures import Counters, Noise, sqnr_of
@@ -39,7 +39,7 @@ from fxquant.op_rows import OpRow, checked, rows_of
 from fxquant.quantize_fx import convert_to_reference_fx
 
 
-@without_autocast
+@outside_modes
 def compare(
     float_model: nn.Module,
     int8_model: nn.Module,

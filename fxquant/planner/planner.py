@@ -19,7 +19,7 @@ from typing import Any, Final
 from torch import nn
 from tqdm import tqdm
 
-from fxquant.autocast import without_autocast
+from fxquant.autocast import outside_modes
 from fxquant.calibration import Forward
 from fxquant.errors import ConfigError, ConfigWarning, Diagnostics
 from fxquant.inputs import bind_examples
@@ -66,7 +66,7 @@ _SHARES: Final = (1.0, 0.75, 0.5, 0.25, 0.0)
 _TINY: Final = 1e-12
 
 
-@without_autocast
+@outside_modes
 def plan_mixed_precision(
     model: nn.Module,
     data: Iterable[Any],

@@ -12,7 +12,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fxquant.autocast import without_autocast
+from fxquant.autocast import outside_modes
 from fxquant.calibration import Forward
 from fxquant.errors import (
     CalibrationWarning,
@@ -48,7 +48,7 @@ _DTYPES: Final[Mapping[str, QConfig]] = {
 _SECONDS_BEFORE_PROGRESS: Final = 2.0
 
 
-@without_autocast
+@outside_modes
 def analyze_sensitivity(
     model: nn.Module,
     data: Iterable[Any] | None,
