@@ -25,7 +25,7 @@ from fxquant import (
     optimize,
     quantize,
 )
-from fxquant.native import library
+from fxquant.native import library, translate
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::fxquant.LoweringWarning", "error:the native plan:fxquant.LoweringWarning"
@@ -365,6 +365,19 @@ def test_results_beyond_int32_are_clamped_as_torch_clamps_them(groups: int) -> N
 
 
 @needs_native
+def test_an_image_with_margins_that_torch_reads_after_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1))
+    int8, x = _int8(model, 3, 17, 15), torch.randn(2, 3, 17, 15)
+    convolution = torch.ops.quantized.conv2d.new
+    monkeypatch.setitem(translate.RULES, convolution, lambda *_: None)
+    optimized = optimize(int8)
+    for _ in range(2):
+        assert torch.equal(optimized(x), int8(x))
+    (program,) = optimized.plans()
+    assert convolution in {node.target for node in program.called}
+
+
+@needs_native
 def test_several_inputs_keywords_and_outputs() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -396,8 +409,6 @@ def test_copies_and_pickles() -> None:
 
 @needs_native
 def test_a_plan_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fxquant.native import translate
-
     monkeypatch.setattr(translate, "onednn_scale", lambda scale: scale * 1.1)
     int8, x = (
         _int8(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), 3, 9, 9),

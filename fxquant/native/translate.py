@@ -692,8 +692,8 @@ def _batch_norm(low: bool) -> Rule:
 
 def _float_map(name: str) -> Rule:
     def rule(t: Translation, node: fx.Node) -> Value | None:
-        if any(name not in ("inplace",) for name in node.kwargs):
-            return None
+        if any(node.kwargs[given] is not False for given in node.kwargs):
+            return None  # in place, or a factor
         a = t.floats(node.args[0])
         b = t.floats(node.args[1]) if name == "add" and len(node.args) > 1 else a
         if a is None or b is None or a.shape != b.shape:

@@ -220,7 +220,8 @@ void CopyChannels::run(const Call& call, const Worker& worker) const {
   const uint8_t* input = call.at(in);
   uint8_t* output = call.at(out);
   for_pixels(out, worker, [&](int64_t p) {
-    const uint8_t* from = input + p * in.pixel * element;
+    const int64_t at = p / in.w * in.row + p % in.w * in.pixel;  // lines may have margins
+    const uint8_t* from = input + at * element;
     uint8_t* to = output + p * out.pixel * element;
     if (source.empty()) {
       memcpy(to, from, static_cast<size_t>(out.c * element));
