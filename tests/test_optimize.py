@@ -455,6 +455,7 @@ class TestWithoutNativeKernels:
             optimized = optimize(int8, (x,))
         assert torch.equal(optimized(x), int8(x))
         assert "AVX512" in str(optimized)
+        assert "AVX512" in optimized.profile(x)
 
     def test_no_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(library, "cpu_suits", lambda: True)
