@@ -307,11 +307,26 @@ class _Product:
     other_zero_point: int = 0
 
 
+def _constants(
+    weight: Tensor, scale: Tensor, bias: Tensor | None
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """The constants of a product as C++ takes them: what must stay alive, and the addresses."""
+    weight = weight.contiguous()
+    each = scale.reshape(-1).to(torch.float32).expand(weight.shape[0]).contiguous()
+    term = None if bias is None else bias.to(torch.float32).contiguous()
+    keep = (weight, each) if term is None else (weight, each, term)
+    return keep, {
+        "weight": weight.data_ptr(),
+        "weight_scale": each.data_ptr(),
+        "bias": None if term is None else term.data_ptr(),
+    }
+
+
 def _add_product(t: Translation, node: fx.Node, x: Value | None, p: _Product) -> Value | None:
     meta = t.metas.get(node)
     if x is None or meta is None or p.activation < 0 or p.weight.dim() not in (2, 4):
         return None
-    weight = p.weight.contiguous()
+    weight = p.weight
     outputs, inputs = weight.shape[:2]
     window = tuple(weight.shape[2:]) or (1, 1)
     depthwise = inputs == 1 and p.groups == outputs and p.groups > 1
@@ -328,8 +343,7 @@ def _add_product(t: Translation, node: fx.Node, x: Value | None, p: _Product) ->
     if activation == _ACTIVATIONS["relu"] and not p.to_float:
         activation, low = _ACTIVATIONS["none"], float(p.zero_point)  # the same, on the integers
     out = t.builder.value(meta.shape, dtype, scale=p.scale, zero_point=p.zero_point)
-    scale = p.weight_scale.reshape(-1).to(torch.float32).expand(outputs).contiguous()
-    bias = None if p.bias is None else p.bias.to(torch.float32).contiguous()
+    keep, constants = _constants(weight, p.weight_scale, p.bias)
     padding_w = p.padding[1]
     if x.margin:  # the padding is there; what reads other margins was not given one
         n, channels, h, w = x.shape
@@ -337,9 +351,7 @@ def _add_product(t: Translation, node: fx.Node, x: Value | None, p: _Product) ->
         padding_w = 0
     reads = {"in_": x} if p.other is None else {"in_": x, "other": p.other}
     return t.builder.add(
-        "convolution", reads, out, (weight, scale, *([] if bias is None else [bias])),
-        weight=weight.data_ptr(), weight_scale=scale.data_ptr(),
-        bias=None if bias is None else bias.data_ptr(),
+        "convolution", reads, out, keep, **constants,
         has_other=p.other is not None, groups=p.groups,
         kernel_h=window[0], kernel_w=window[1], stride_h=p.stride[0], stride_w=p.stride[1],
         padding_h=p.padding[0], padding_w=padding_w,
@@ -413,15 +425,9 @@ def _dynamic_linear(activation: int) -> Rule:
             return None
         x, parameters = found
         out = t.builder.value(meta.shape, torch.float32)
-        weight = weight.contiguous()
-        outputs = weight.shape[0]
-        scale = weight_scale.reshape(-1).to(torch.float32).expand(outputs).contiguous()
-        bias = None if bias is None else bias.to(torch.float32).contiguous()
+        keep, constants = _constants(weight, weight_scale, bias)
         return t.builder.add(
-            "convolution", {"in_": x, "parameters": parameters}, out,
-            (weight, scale, *([] if bias is None else [bias])),
-            weight=weight.data_ptr(), weight_scale=scale.data_ptr(),
-            bias=None if bias is None else bias.data_ptr(),
+            "convolution", {"in_": x, "parameters": parameters}, out, keep, **constants,
             groups=1, kernel_h=1, kernel_w=1, stride_h=1, stride_w=1,
             dilation_h=1, dilation_w=1, to_float=True, dynamic=True, activation=activation,
             in_zero_point=1, depthwise=False,
