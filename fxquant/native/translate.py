@@ -483,72 +483,72 @@ def _activation(name: object, arguments: Sequence[Any]) -> dict[str, Any]:
     return {"activation": _ACTIVATIONS.get(str(name), -1), **bounds}
 
 
-def _pointwise_result(scale: float, zero_point: int, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "scale": scale,
-        "inverse": divided(1.0, scale),
-        "zero_point": zero_point,
-        "to_float": dtype == torch.float32,
-    }
+def _onednn_product(
+    t: Translation,
+    node: fx.Node,
+    packer: str,
+    inputs: Sequence[Any],
+    result: Sequence[Any],
+    post: Sequence[Any],
+    **rest: Any,
+) -> Value | None:
+    """A product of a pointwise operator of oneDNN.
+
+    Args:
+        t: the translation.
+        node: the operator's call.
+        packer: of its weight.
+        inputs: bytes, scale, zero point, packed weight, the weight's scale and zero point, bias.
+        result: scale, zero point and dtype.
+        post: name and arguments of what follows.
+        **rest: further fields of the product.
+    """
+    source, in_scale, in_zero, packed, weight_scale, weight_zero, bias = inputs
+    scale, zero_point, dtype = result
+    if dtype not in (torch.float32, torch.uint8):
+        return None
+    if not _numbers((in_scale, in_zero, scale, zero_point)):
+        return None
+    (weight, *_), _ = t.packed_tensors(packed, packer)
+    x = t.integers(source)
+    if x is None or weight is None or _asymmetric(t.constant(weight_zero)):
+        return None
+    if (len(x.shape) == 4) != (weight.dim() == 4):
+        return None
+    x = t.builder.like(x, scale=in_scale, zero_point=in_zero)
+    return _add_product(t, node, x, _Product(
+        weight=weight, weight_scale=t.constant(weight_scale), bias=t.constant(bias),
+        in_scale=single(in_scale), scale=scale, inverse=divided(1.0, scale),
+        zero_point=zero_point, to_float=dtype == torch.float32, **_activation(*post), **rest,
+    ))  # fmt: skip
+
+
+def _geometry(stride: Any, padding: Any, dilation: Any, groups: Any) -> dict[str, Any]:
+    return {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
 
 
 def _onednn_conv(t: Translation, node: fx.Node) -> Value | None:
-    (source, in_scale, in_zero, packed, weight_scale, weight_zero, bias, stride, padding, dilation,
-     groups, scale, zero_point, dtype, post, post_arguments, _) = node.args  # fmt: skip
-    if dtype not in (torch.float32, torch.uint8) or not _numbers((in_scale, in_zero, scale)):
-        return None
-    (weight, *_), _ = t.packed_tensors(packed, "onednn-conv")
-    x = t.integers(source)
-    if x is None or weight is None or weight.dim() != 4 or _asymmetric(t.constant(weight_zero)):
-        return None
-    x = t.builder.like(x, scale=in_scale, zero_point=in_zero)
-    return _add_product(t, node, x, _Product(
-        weight=weight, weight_scale=t.constant(weight_scale), bias=t.constant(bias),
-        stride=stride, padding=padding, dilation=dilation, groups=groups,  # type: ignore[arg-type]
-        in_scale=single(in_scale), **_pointwise_result(scale, zero_point, dtype),  # type: ignore[arg-type]
-        **_activation(post, post_arguments),  # type: ignore[arg-type]  # arguments of fx
-    ))  # fmt: skip
+    a: tuple[Any, ...] = node.args
+    return _onednn_product(t, node, "onednn-conv", a[:7], a[11:14], a[14:16], **_geometry(*a[7:11]))
 
 
 def _onednn_sum(t: Translation, node: fx.Node) -> Value | None:
-    (source, in_scale, in_zero, packed, weight_scale, weight_zero, other, bias, stride, padding,
-     dilation, groups, scale, zero_point, dtype, other_scale, other_zero, attribute_, alpha, post,
-     post_arguments, _) = node.args  # fmt: skip
-    if dtype != torch.uint8 or attribute_ != "sum" or alpha != 1.0:
+    a: tuple[Any, ...] = node.args
+    other, other_scale, other_zero, name, alpha = (a[6], *a[15:19])
+    added = t.value(other)
+    if added is None or a[14] != torch.uint8 or name != "sum" or alpha != 1.0:
         return None
-    if not _numbers((in_scale, in_zero, scale, zero_point, other_scale, other_zero)):
+    if not _numbers((other_scale, other_zero)):
         return None
-    (weight, *_), _ = t.packed_tensors(packed, "onednn-conv")
-    x, added = t.integers(source), t.value(other)
-    if x is None or added is None or weight is None or weight.dim() != 4:
-        return None
-    if _asymmetric(t.constant(weight_zero)):
-        return None
-    x = t.builder.like(x, scale=in_scale, zero_point=in_zero)
-    return _add_product(t, node, x, _Product(
-        weight=weight, weight_scale=t.constant(weight_scale), bias=t.constant(bias),
-        stride=stride, padding=padding, dilation=dilation, groups=groups,  # type: ignore[arg-type]
-        in_scale=single(in_scale), **_pointwise_result(scale, zero_point, dtype),  # type: ignore[arg-type]
-        **_activation(post, post_arguments),  # type: ignore[arg-type]  # arguments of fx
-        other=added, other_scale=single(other_scale), other_zero_point=other_zero,  # type: ignore[arg-type]
-    ))  # fmt: skip
+    return _onednn_product(
+        t, node, "onednn-conv", (*a[:6], a[7]), a[12:15], a[19:21], **_geometry(*a[8:12]),
+        other=added, other_scale=single(other_scale), other_zero_point=other_zero,
+    )  # fmt: skip
 
 
 def _onednn_linear(t: Translation, node: fx.Node) -> Value | None:
-    (source, in_scale, in_zero, packed, weight_scale, weight_zero, bias, scale, zero_point, dtype,
-     post, post_arguments, _) = node.args  # fmt: skip
-    if dtype not in (torch.float32, torch.uint8) or not _numbers((in_scale, in_zero, scale)):
-        return None
-    (weight, *_), _ = t.packed_tensors(packed, "onednn-linear")
-    x = t.integers(source)
-    if x is None or weight is None or len(x.shape) == 4 or _asymmetric(t.constant(weight_zero)):
-        return None
-    x = t.builder.like(x, scale=in_scale, zero_point=in_zero)
-    return _add_product(t, node, x, _Product(
-        weight=weight, weight_scale=t.constant(weight_scale), bias=t.constant(bias),
-        in_scale=single(in_scale), **_pointwise_result(scale, zero_point, dtype),  # type: ignore[arg-type]
-        **_activation(post, post_arguments),  # type: ignore[arg-type]  # arguments of fx
-    ))  # fmt: skip
+    a: tuple[Any, ...] = node.args
+    return _onednn_product(t, node, "onednn-linear", a[:7], a[7:10], a[10:12])
 
 
 # Pooling.
