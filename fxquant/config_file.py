@@ -26,7 +26,7 @@ import torch
 import yaml
 from torch import fx
 
-from fxquant import range_rules
+from fxquant import observers, range_rules
 from fxquant.errors import ConfigError, GraphError
 from fxquant.graph_codec import decode_target
 from fxquant.observers import PartialFactory
@@ -202,11 +202,17 @@ def _key_from_plain(key: Any) -> Any:
     return key
 
 
+def qualified_name(target: Callable[..., Any]) -> str:
+    """Module and name of a class or function; an observer's module is its package."""
+    if not isinstance(target, type):
+        return fx.node._get_qualified_name(target)
+    module, package = target.__module__, observers.__name__
+    inside = module.startswith(f"{package}.")
+    return f"{package if inside else module}.{target.__qualname__}"
+
+
 def _name_of(target: Callable[..., Any]) -> str:
-    if isinstance(target, type):
-        name = f"{target.__module__}.{target.__qualname__}"
-    else:
-        name = fx.node._get_qualified_name(target)
+    name = qualified_name(target)
     if _named(name) is not target:
         raise ConfigError(
             f"{target!r} cannot be found again under the name {name!r}; define it at the top level"

@@ -32,10 +32,10 @@ from fxquant.observers import (
     ObserverBase,
     PartialFactory,
     UniformQuantizationObserverBase,
-    WithArgs,
     default_fixed_qparams_range_0to1_observer,
     default_fixed_qparams_range_neg1to1_observer,
 )
+from fxquant.observers.factory import WithArgs
 from fxquant.specs import QParams, QuantSpec
 
 

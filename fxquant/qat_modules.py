@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxquant.observers import WithArgs
+from fxquant.observers.factory import WithArgs
 from fxquant.specs import QParams, QuantSpec
 
 Made = TypeVar("Made", bound=nn.Module)

@@ -49,10 +49,10 @@ from fxquant.observers import (
     default_placeholder_observer,
     default_reuse_input_observer,
     default_weight_observer,
-    integer_range,
     per_channel_weight_observer_range_neg_127_to_127,
     weight_observer_range_neg_127_to_127,
 )
+from fxquant.observers.base import integer_range
 from fxquant.specs import DEFAULT_EPS, QuantSpec, storage_dtype
 
 #: Something that makes an observer or a fake quantizer when called without arguments.

@@ -13,6 +13,7 @@ from torch import nn
 from fxquant.config_file import (
     from_plain,
     load_qconfig_mapping,
+    qconfig_to_plain,
     save_qconfig_mapping,
     to_plain,
 )
@@ -51,6 +52,14 @@ def test_a_file_gives_back_an_equal_mapping(
     again = load_qconfig_mapping(path)
     assert again == mapping
     assert to_plain(again) == to_plain(mapping)
+
+
+def test_observers_are_named_by_their_package() -> None:
+    """In which module of the package a class stands may change, and files stay readable."""
+    plain = qconfig_to_plain(SPECIAL)
+    assert plain is not None
+    assert plain["activation"]["make"] == "fxquant.observers.HistogramObserver"
+    assert plain["weight"]["make"] == "fxquant.observers.MinMaxObserver"
 
 
 def test_the_observers_that_come_back_observe_the_same() -> None:

@@ -8,9 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
 
-from fxquant.config_file import from_plain, qconfig_from_plain, qconfig_to_plain, to_plain
+from fxquant.config_file import (
+    from_plain,
+    qconfig_from_plain,
+    qconfig_to_plain,
+    qualified_name,
+    to_plain,
+)
 from fxquant.errors import ConfigError
 from fxquant.observers import PartialFactory
 from fxquant.qconfig import QConfig
@@ -226,10 +231,7 @@ class _Writer:
     def _key(self, key: Any) -> str:
         if isinstance(key, (str, int)):
             return repr(key)
-        if isinstance(key, type):
-            name = f"{key.__module__}.{key.__qualname__}"
-        else:
-            name = fx.node._get_qualified_name(key)
+        name = qualified_name(key)
         module, _, last = name.rpartition(".")
         if module.startswith("fxquant."):
             self.imports[f"from {module} import {last}"] = None
