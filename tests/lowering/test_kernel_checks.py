@@ -13,9 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fxquant import kernel_checks
 from fxquant.engines import engine
-from fxquant.kernel_checks import FORMS, KernelCheck, check_kernels, exact_sums
+from fxquant.kernel_checks import KernelCheck, check_kernels, exact_sums, layers
+from fxquant.kernel_checks.tally import Tally
+from fxquant.kernel_checks.worst_cases import FORMS
 from fxquant.op_catalog import KIND_BY_NAME
 from fxquant.pairing import Geometry, Pairing, pairs
 from fxquant.targets.table import Role
@@ -187,22 +188,22 @@ def test_exact_sums_are_transposed_convolutions(groups: int) -> None:
 
 def test_a_kernel_that_is_off_by_one_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """At a tie the neighbour is right too; elsewhere it is wrong."""
-    tally = kernel_checks._Tally()
+    tally = Tally()
     tally.integers(torch.tensor([1, 2, 3, 4]), torch.tensor([1.5, 1.5, 3.4, 3.4]).double())
     assert (tally.elements, tally.ties, tally.wrong, tally.worst) == (4, 1, 1, 1.0)
-    ordinary = kernel_checks._run_packed
+    ordinary = layers._run_packed
 
     def shifted(*args: Any) -> torch.Tensor:
         return (ordinary(*args).int() - 1).clamp(0, 255)
 
-    monkeypatch.setattr(kernel_checks, "_run_packed", shifted)
+    monkeypatch.setattr(layers, "_run_packed", shifted)
     found = {check.kernel: check for check in check_kernels()}
     assert found["quantized::linear (fbgemm)"].verdict == "rounds wrongly"
     assert found["onednn::qlinear_pointwise[none]"].exact
 
 
 def test_a_missing_engine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_checks, "available", lambda name: name != "fbgemm")
+    monkeypatch.setattr(layers, "available", lambda name: name != "fbgemm")
     found = {check.kernel: check for check in check_kernels()}
     assert found["quantized::linear (fbgemm)"].verdict == "not in this build"
     assert not found["quantized::linear (fbgemm)"].exact
