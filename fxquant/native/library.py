@@ -138,8 +138,27 @@ class MoveArguments(Structure):
         ),
         *(
             (name, c_float)
-            for name in ["a_scale", "b_scale", "inverse", "zero_point", "low", "multiplier"]
+            for name in [
+                "a_scale",
+                "b_scale",
+                "inverse",
+                "zero_point",
+                "low",
+                "multiplier",
+                "epsilon",
+            ]
         ),
+    )
+
+
+class AttentionArguments(Structure):
+    """Attention of heads that lie side by side."""
+
+    _fields_ = (
+        *((name, TensorArgument) for name in ["query", "key", "value", "out"]),
+        ("images", c_int64),
+        ("heads", c_int64),
+        ("scale", c_float),
     )
 
 
@@ -156,8 +175,16 @@ MOVES: Final = (
     "max_pool",
     "average_pool",
     "global_mean",
+    "layer_norm",
 )
 """Kinds of steps that take :class:`MoveArguments`."""
+
+ARGUMENTS: Final[dict[str, type[Structure]]] = {
+    "convolution": ConvolutionArguments,
+    "attention": AttentionArguments,
+    **dict.fromkeys(MOVES, MoveArguments),
+}
+"""Kind of a step -> what describes it to C++."""
 
 
 def cpu_suits() -> bool:
@@ -180,14 +207,16 @@ def load() -> ctypes.CDLL:
     library.fxq_plan_create.restype = c_void_p
     library.fxq_plan_destroy.argtypes = [c_void_p]
     library.fxq_plan_destroy.restype = None
-    library.fxq_add_convolution.argtypes = [c_void_p, POINTER(ConvolutionArguments)]
-    library.fxq_add_convolution.restype = None
-    for move in MOVES:
-        function = getattr(library, f"fxq_add_{move}")
-        function.argtypes, function.restype = [c_void_p, POINTER(MoveArguments)], None
+    for kind, structure in ARGUMENTS.items():
+        function = getattr(library, f"fxq_add_{kind}")
+        function.argtypes, function.restype = [c_void_p, POINTER(structure)], None
     library.fxq_plan_run.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int32]
     library.fxq_plan_run.restype = None
-    for structure, name in ((ConvolutionArguments, "convolution"), (MoveArguments, "move")):
+    for name, structure in (
+        ("convolution", ConvolutionArguments),
+        ("move", MoveArguments),
+        ("attention", AttentionArguments),
+    ):
         size = getattr(library, f"fxq_{name}_arguments_size")
         size.restype = c_int64
         if size() != ctypes.sizeof(structure):

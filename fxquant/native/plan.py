@@ -11,12 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fxquant.native.library import (
-    ConvolutionArguments,
-    MoveArguments,
-    TensorArgument,
-    load,
-)
+from fxquant.native.library import ARGUMENTS, TensorArgument, load
 
 _ALIGNMENT: Final = 64
 _SLACK: Final = 256
@@ -99,7 +94,7 @@ class Step:
     kind: str
     reads: Mapping[str, Value]
     out: Value
-    fields: Mapping[str, Any]
+    fields: dict[str, Any]
     keep: tuple[Tensor, ...] = ()
     node: str = ""
 
@@ -260,7 +255,7 @@ class Plan:
         self._plan = ctypes.c_void_p(library.fxq_plan_create())
         weakref.finalize(self, library.fxq_plan_destroy, self._plan)
         for step in steps:
-            structure = ConvolutionArguments if step.kind == "convolution" else MoveArguments
+            structure: Any = ARGUMENTS[step.kind]
             arguments = structure(out=step.out.argument())
             for name, value in step.reads.items():
                 setattr(arguments, name, value.argument())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
@@ -53,25 +53,56 @@ class Exported:
 Instruction = Native | Called | Imported | Exported
 
 
+_SIZE_METHODS: Final = frozenset({"size", "dim", "numel", "ndimension"})
+_SIZE_ATTRIBUTES: Final = frozenset({"shape", "ndim"})
+
+
 class _Recorder(fx.Interpreter):
-    """Runs a graph, and keeps what each value was."""
+    """Runs a graph, and keeps what each value was.
+
+    Attributes:
+        metas: of tensors.
+        sizes: numbers that follow from the shapes of tensors, and so from those of the inputs.
+    """
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
         self.metas: dict[fx.Node, Meta] = {}
+        self.sizes: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         meta = Meta.of(result)
         if meta is not None:
             self.metas[n] = meta
+        elif self._is_size(n) and _all_numbers(result):
+            self.sizes[n] = result
         return result
+
+    def _is_size(self, node: fx.Node) -> bool:
+        if node.op == "call_method":
+            return node.target in _SIZE_METHODS
+        if node.op != "call_function" or not node.all_input_nodes:
+            return False
+        if node.target is getattr:
+            return node.args[1] in _SIZE_ATTRIBUTES
+        return getattr(node.target, "__module__", "") in ("_operator", "math", "builtins") and all(
+            source in self.sizes for source in node.all_input_nodes
+        )
+
+
+def _all_numbers(value: Any) -> bool:
+    """Whether it is a number, or a tuple of numbers."""
+    if isinstance(value, tuple):
+        return all(map(_all_numbers, value))
+    return isinstance(value, (int, float, slice))
 
 
 @dataclass
 class _Compiler:
     gm: QuantGraphModule
     metas: dict[fx.Node, Meta]
+    sizes: dict[fx.Node, Any]
     builder: PlanBuilder = field(default_factory=PlanBuilder)
     instructions: list[Instruction] = field(default_factory=list)
     exported: set[fx.Node] = field(default_factory=set)
@@ -82,11 +113,9 @@ class _Compiler:
 
     def compile(self) -> None:
         for node in self.gm.graph.nodes:
-            if node.op in ("placeholder", "get_attr"):
+            if node.op in ("placeholder", "get_attr") or node in self.sizes:
                 continue
-            value = None if node.op == "output" else translate(self.translation, node)
-            if value is not None:
-                self.translation.values[node] = value
+            if node.op != "output" and translate(self.translation, node):
                 continue
             for source in node.all_input_nodes:
                 self.export(source)
@@ -125,13 +154,14 @@ class _Compiler:
 
     def export(self, node: fx.Node) -> None:
         """Make a tensor of a value that torch reads."""
-        value = self.translation.values.get(node)
+        heads = self.translation.heads.get(node)
+        value = self.translation.values.get(node) if heads is None else heads.value
         if value is None or node in self.exported or node.op == "placeholder":
             return
         meta = self.metas[node]
         if value.bytes_of is not None:
             self.translation.floats(node)
-        stride = _channels_last(value.shape)
+        stride = _channels_last(value.shape) if heads is None else heads.stride
         unflushed = len(self.builder.steps) > self.done
         if unflushed and self.builder.hand_over(value):
             self.instructions.append(Exported(node, value.buffer.slot, meta, stride))
@@ -161,18 +191,19 @@ class Program:
     def __init__(self, gm: QuantGraphModule, inputs: tuple[Any, ...]) -> None:
         recorder = _Recorder(gm)
         self.expected = recorder.run(*inputs)
-        compiler = _Compiler(gm, recorder.metas)
+        compiler = _Compiler(gm, recorder.metas, recorder.sizes)
         compiler.compile()
         self.plan: Plan = compiler.builder.build()
         self.called = tuple(i.node for i in compiler.instructions if isinstance(i, Called))
-        self.native = tuple(compiler.translation.values)
+        self.native = (*compiler.translation.values, *compiler.translation.heads)
         self._gm = gm
         self._instructions = tuple(compiler.instructions)
         self._placeholders = tuple(n for n in gm.graph.nodes if n.op == "placeholder")
         self._output = next(n.args[0] for n in gm.graph.nodes if n.op == "output")
-        self._constants = {
-            n: attribute(gm, str(n.target)) for n in gm.graph.nodes if n.op == "get_attr"
-        }
+        self._constants: dict[fx.Node, Any] = dict(recorder.sizes)
+        for node in gm.graph.nodes:
+            if node.op == "get_attr":
+                self._constants[node] = attribute(gm, str(node.target))
         self._last_uses = _last_uses(compiler, self._output)
         self._arenas: list[Tensor] = []
 
@@ -256,7 +287,7 @@ def _last_uses(compiler: _Compiler, output: Any) -> tuple[tuple[fx.Node | int, .
         last.pop(node, None)
     found: list[list[fx.Node | int]] = [[] for _ in compiler.instructions]
     for name, index in last.items():
-        if isinstance(name, int) or name.op != "get_attr":
+        if isinstance(name, int) or (name.op != "get_attr" and name not in compiler.sizes):
             found[index].append(name)
     return tuple(map(tuple, found))
 

@@ -6,6 +6,7 @@ The rules compute what the kernels of torch compute, bit by bit: the comments in
 
 from __future__ import annotations
 
+import math
 import operator
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -18,12 +19,17 @@ from torch import Tensor, fx
 
 from fxquant import engine_free, kernels
 from fxquant.graph_module import QuantGraphModule
+from fxquant.native.agreement import (
+    agrees_on_attention,
+    agrees_on_gelu,
+    agrees_on_layer_norm,
+)
 from fxquant.native.library import exponential
 from fxquant.native.plan import PlanBuilder, Value
 from fxquant.op_view import attribute
 
-_ACTIVATIONS: Final = {"none": 0, "relu": 1, "hardswish": 2, "swish": 3, "hardtanh": 4}
-_FLOAT_FUNCTIONS: Final = {"relu": 0, "hardsigmoid": 1, "sigmoid": 2, "add": 3}
+_ACTIVATIONS: Final = {"none": 0, "relu": 1, "hardswish": 2, "swish": 3, "hardtanh": 4, "gelu": 5}
+_FLOAT_FUNCTIONS: Final = {"relu": 0, "hardsigmoid": 1, "sigmoid": 2, "add": 3, "gelu": 4}
 _DEPTHWISE_LIMIT: Final = (16, 8)
 """Largest window of the depthwise kernel."""
 
@@ -50,6 +56,30 @@ class Meta:
         return Meta(tuple(x.shape), x.dtype, tuple(x.stride()), x.q_scale(), x.q_zero_point())
 
 
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Floats of a plan, ``[N, L, heads * size]``, seen as the heads of an attention.
+
+    Attributes:
+        value: the floats.
+        count: of heads.
+        transposed: seen as ``[N, heads, L, size]``; else as ``[N, L, heads, size]``.
+    """
+
+    value: Value
+    count: int
+    transposed: bool
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        """As PyTorch sees it."""
+        _, length, channels = self.value.shape
+        size = channels // self.count
+        if self.transposed:
+            return (length * channels, size, channels, 1)
+        return (length * channels, channels, size, 1)
+
+
 @dataclass
 class Translation:
     """The state of one translation.
@@ -61,6 +91,7 @@ class Translation:
         bring: makes a plan's value of what torch computes in front of it; ``None`` where it is
             of no use here.
         values: the nodes that are in the plan.
+        heads: those that are values of the plan with their channels in groups.
         quantized: floats that were quantized in the call: (node, highest integer) -> integers,
             scale and zero point.
     """
@@ -70,6 +101,7 @@ class Translation:
     metas: Mapping[fx.Node, Meta]
     bring: Callable[[fx.Node], Value | None]
     values: dict[fx.Node, Value] = field(default_factory=dict)
+    heads: dict[fx.Node, Heads] = field(default_factory=dict)
     quantized: dict[tuple[fx.Node, int], tuple[Value, Value]] = field(default_factory=dict)
 
     def value(self, argument: object) -> Value | None:
@@ -121,22 +153,27 @@ class NotConstantError(Exception):
     """A kernel's constant is computed in the graph, or packed in another way."""
 
 
-Rule = Callable[[Translation, fx.Node], Value | None]
+Rule = Callable[[Translation, fx.Node], Value | Heads | None]
 """Adds the steps of a node; its value, or ``None`` where torch computes the node."""
 
 
-def translate(t: Translation, node: fx.Node) -> Value | None:
-    """Add the steps of ``node`` to the plan; ``None`` where no rule knows how to."""
+def translate(t: Translation, node: fx.Node) -> bool:
+    """Add the steps of ``node`` to the plan; ``False`` where no rule knows how to."""
     rule = RULES.get(node.target) if node.op in ("call_function", "call_method") else None
     if rule is None:
-        return None
+        return False
     before = len(t.builder.steps)
     t.builder.node = node.name
     try:
-        return rule(t, node)
+        made = rule(t, node)
     except NotConstantError:
         del t.builder.steps[before:]
-        return None
+        return False
+    if isinstance(made, Heads):
+        t.heads[node] = made
+    elif made is not None:
+        t.values[node] = made
+    return made is not None
 
 
 def single(value: float) -> float:
@@ -175,7 +212,10 @@ def _accumulator(t: Translation, node: fx.Node) -> Value | None:
     return value
 
 
-def _flatten(t: Translation, node: fx.Node) -> Value | None:
+def _flatten(t: Translation, node: fx.Node) -> Value | Heads | None:
+    regrouped = _regroup(t, node)
+    if regrouped is not None:
+        return regrouped
     value, meta = t.value(node.args[0]), t.metas.get(node)
     if value is None or meta is None or value.bytes_of is not None:
         return None
@@ -183,6 +223,51 @@ def _flatten(t: Translation, node: fx.Node) -> Value | None:
     if meta.shape != (n, c) or h * w != 1:
         return None
     return t.builder.like(value, shape=meta.shape)
+
+
+def _regroup(t: Translation, node: fx.Node) -> Value | Heads | None:
+    """Channels in groups, or groups of channels side by side again."""
+    source, meta = node.args[0], t.metas.get(node)
+    if meta is None or not isinstance(source, fx.Node):
+        return None
+    heads = t.heads.get(source)
+    if heads is not None:
+        return heads.value if not heads.transposed and meta.shape == heads.value.shape else None
+    known = t.metas.get(source)
+    if known is None or len(known.shape) != 3 or len(meta.shape) != 4:
+        return None
+    if meta.shape[:2] != known.shape[:2]:
+        return None
+    value = t.floats(source)
+    return None if value is None else Heads(value, meta.shape[2], transposed=False)
+
+
+def _transpose(t: Translation, node: fx.Node) -> Heads | None:
+    source, *dimensions = node.args
+    heads = t.heads.get(source) if isinstance(source, fx.Node) else None
+    if heads is None or node.kwargs or not all(isinstance(d, int) for d in dimensions):
+        return None
+    if sorted(int(d) % 4 for d in dimensions) != [1, 2]:  # type: ignore[arg-type]  # integers
+        return None
+    return Heads(heads.value, heads.count, not heads.transposed)
+
+
+def _permute(t: Translation, node: fx.Node) -> Heads | None:
+    source, *order = node.args
+    heads = t.heads.get(source) if isinstance(source, fx.Node) else None
+    if len(order) == 1 and isinstance(order[0], (list, tuple)):
+        order = list(order[0])
+    if heads is None or order != [0, 2, 1, 3]:
+        return None
+    return Heads(heads.value, heads.count, not heads.transposed)
+
+
+def _contiguous(t: Translation, node: fx.Node) -> Heads | None:
+    source = node.args[0]
+    heads = t.heads.get(source) if isinstance(source, fx.Node) else None
+    if heads is None or heads.transposed or len(node.args) > 1 or node.kwargs:
+        return None
+    return heads
 
 
 def _slice(t: Translation, value: Value, first: int, count: int) -> Value:
@@ -715,6 +800,94 @@ def _float_map(name: str) -> Rule:
     return rule
 
 
+def _gelu(t: Translation, node: fx.Node) -> Value | None:
+    if node.kwargs.get("approximate", "none") != "none" or len(node.args) > 1:
+        return None
+    value = t.floats(node.args[0])
+    if value is None or not agrees_on_gelu():
+        return None
+    last = t.builder.steps[-1]
+    alone = isinstance(node.args[0], fx.Node) and len(node.args[0].users) == 1
+    if (
+        alone and last.out is value and last.kind == "convolution"
+        and last.fields["to_float"] and not last.fields.get("fbgemm")
+        and last.fields["activation"] == _ACTIVATIONS["none"]
+    ):  # fmt: skip
+        last.fields["activation"] = _ACTIVATIONS["gelu"]
+        return value
+    out = t.builder.value(value.shape, torch.float32)
+    return t.builder.add(
+        "float_map", {"a": value, "b": value}, out, function=_FLOAT_FUNCTIONS["gelu"]
+    )
+
+
+def _layer_norm(t: Translation, node: fx.Node) -> Value | None:
+    given = dict(zip(("input", "shape", "weight", "bias", "eps"), node.args, strict=False))
+    given |= {"shape": node.kwargs["normalized_shape"]} if "normalized_shape" in node.kwargs else {}
+    given |= {name: node.kwargs[name] for name in ("weight", "bias", "eps") if name in node.kwargs}
+    source, meta, eps = given["input"], t.metas.get(node), given.get("eps", 1e-5)
+    weight, bias = t.constant(given.get("weight")), t.constant(given.get("bias"))
+    if meta is None or len(meta.shape) not in (2, 3) or len(given["shape"]) != 1:  # type: ignore[arg-type]  # a list
+        return None
+    if weight is None or bias is None or not _numbers((eps,)):
+        return None
+    value = t.floats(source) or _brought(t, source)
+    if value is None or not agrees_on_layer_norm(meta.shape[-1]):
+        return None
+    reads, last = {"a": value}, t.builder.steps[-1] if t.builder.steps else None
+    if (
+        last is not None and last.out is value and last.kind == "float_map"
+        and last.fields["function"] == _FLOAT_FUNCTIONS["add"]
+        and len(source.users) == 1  # type: ignore[union-attr]  # a value's node
+    ):  # fmt: skip
+        reads = dict(last.reads)
+        t.builder.steps.pop()
+    keep = tuple(c.detach().to(torch.float32).contiguous() for c in (weight, bias))
+    return t.builder.add(
+        "layer_norm", reads, t.builder.value(meta.shape, torch.float32), keep,
+        function=len(reads) == 2, table=keep[0].data_ptr(), term=keep[1].data_ptr(), epsilon=eps,
+    )  # fmt: skip
+
+
+def _brought(t: Translation, source: object) -> Value | None:
+    """Contiguous floats that torch computed."""
+    if not isinstance(source, fx.Node) or source not in t.metas:
+        return None
+    meta = t.metas[source]
+    if meta.dtype != torch.float32 or meta.stride != contiguous(meta.shape):
+        return None
+    return t.bring(source)
+
+
+def _attention(t: Translation, node: fx.Node) -> Heads | None:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    nodes = [given[name] for name in names[:3]]
+    sources = [t.heads.get(n) if isinstance(n, fx.Node) else None for n in nodes]
+    if any(given.get(name) for name in (*names[3:], "enable_gqa")):
+        return None
+    if any(s is None or not s.transposed for s in sources):
+        return None
+    query, key, value = (s for s in sources if s is not None)
+    if len({s.count for s in (query, key, value)}) > 1 or key.value.shape != value.value.shape:
+        return None
+    images, length, channels = query.value.shape
+    size = channels // query.count
+    scale = given.get("scale")
+    scale = 1.0 / math.sqrt(size) if scale is None else scale
+    if channels != key.value.shape[2] or not _numbers((scale,)):
+        return None
+    shape = (images, length, key.value.shape[1], query.count, size)
+    if not agrees_on_attention(shape, float(scale)):  # type: ignore[arg-type]  # a number
+        return None
+    out = t.builder.value(query.value.shape, torch.float32)
+    t.builder.add(
+        "attention", {"query": query.value, "key": key.value, "value": value.value}, out,
+        images=images, heads=query.count, scale=scale,
+    )  # fmt: skip
+    return Heads(out, query.count, transposed=True)
+
+
 # Movement.
 
 
@@ -802,6 +975,17 @@ RULES: Final[Mapping[Any, Rule]] = {
     kernels.split: _chunk,
     kernels.lookup: _lookup,
     torch.flatten: _flatten,
+    "flatten": _regroup,
+    "unflatten": _regroup,
+    "view": _regroup,
+    "reshape": _regroup,
+    torch.reshape: _regroup,
+    torch.unflatten: _regroup,
+    "transpose": _transpose,
+    torch.transpose: _transpose,
+    "permute": _permute,
+    torch.permute: _permute,
+    "contiguous": _contiguous,
     torch.quantize_per_tensor: _quantize,
     torch.dequantize: _dequantize,
     _Q.conv2d.new: _packed_conv(relu=False),
@@ -825,6 +1009,10 @@ RULES: Final[Mapping[Any, Rule]] = {
     _Q.mul_relu.default: _multiply(low=True),
     _Q.batch_norm2d.default: _batch_norm(low=False),
     _Q.batch_norm2d_relu.default: _batch_norm(low=True),
+    F.gelu: _gelu,
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    F.scaled_dot_product_attention: _attention,
     F.relu: _float_map("relu"),
     torch.relu: _float_map("relu"),
     F.hardsigmoid: _float_map("hardsigmoid"),

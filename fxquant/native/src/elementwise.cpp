@@ -267,6 +267,9 @@ void FloatMap::run(const Call& call, const Worker& worker) const {
         case FloatFunction::add:
           v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, y + c));
           break;
+        case FloatFunction::gelu:
+          v = onednn_gelu(v);
+          break;
         case FloatFunction::hardsigmoid: {
           const __m512 six = _mm512_set1_ps(6.0f);
           v = _mm512_add_ps(v, _mm512_set1_ps(3.0f));

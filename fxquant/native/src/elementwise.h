@@ -71,7 +71,7 @@ struct Lookup : Step {
   void run(const Call& call, const Worker& worker) const override;
 };
 
-enum class FloatFunction : int32_t { relu, hardsigmoid, sigmoid, add };
+enum class FloatFunction : int32_t { relu, hardsigmoid, sigmoid, add, gelu };
 
 // A function of floats, of two for `add`.
 struct FloatMap : Step {

@@ -1,13 +1,19 @@
 // The C interface: plans are built step by step, and run. `fxquant/native/library.py` mirrors it.
+#include <sys/mman.h>
+
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <numeric>
 #include <vector>
 
+#include "attention.h"
 #include "depthwise.h"
 #include "elementwise.h"
 #include "gemm.h"
+#include "normalization.h"
 #include "pooling.h"
 #include "threads.h"
 
@@ -15,29 +21,52 @@ using namespace fxq;
 
 namespace {
 
-template <typename T>
-struct Aligned {
-  T* data = nullptr;
-  explicit Aligned(size_t count) {
-    const size_t bytes = static_cast<size_t>(round_up(static_cast<int64_t>(count * sizeof(T)), 64));
-    data = static_cast<T*>(std::aligned_alloc(64, bytes + 64));
-    if (data != nullptr) memset(data, 0, bytes + 64);
+// Memory for constants, all zero at first. It comes in large pages where the system has them: the
+// weights of a large model are read once a call, and looking up small pages then takes a tenth of it.
+class Store {
+ public:
+  Store() = default;
+  Store(const Store&) = delete;
+  Store& operator=(const Store&) = delete;
+  ~Store() {
+    for (uint8_t* chunk : chunks_) std::free(chunk);
   }
+
+  template <typename T>
+  T* keep(size_t count) {
+    constexpr size_t kBehind = 64;  // bytes that vectors may read further
+    const size_t bytes = (count * sizeof(T) + 2 * kBehind - 1) / kBehind * kBehind;
+    if (bytes > left_) grow(bytes);
+    uint8_t* const data = next_;
+    next_ += bytes, left_ -= bytes;
+    return reinterpret_cast<T*>(data);
+  }
+
+ private:
+  void grow(size_t bytes) {
+    constexpr size_t kPage = size_t{1} << 21;
+    const size_t size = (std::max(bytes, total_ / 8) + kPage - 1) / kPage * kPage;
+    next_ = static_cast<uint8_t*>(std::aligned_alloc(kPage, size));
+    if (next_ == nullptr) throw std::bad_alloc();
+    madvise(next_, size, MADV_HUGEPAGE);  // a wish, which may be refused
+    memset(next_, 0, size);
+    chunks_.push_back(next_);
+    left_ = size, total_ += size;
+  }
+
+  std::vector<uint8_t*> chunks_;
+  uint8_t* next_ = nullptr;
+  size_t left_ = 0, total_ = 0;
 };
 
 struct Plan {
   std::vector<std::unique_ptr<Step>> steps;
   std::vector<const Step*> order;
-  std::vector<void*> constants;
+  Store store;
 
-  ~Plan() {
-    for (void* constant : constants) std::free(constant);
-  }
   template <typename T>
   T* keep(size_t count) {
-    T* data = Aligned<T>(count).data;
-    constants.push_back(data);
-    return data;
+    return store.keep<T>(count);
   }
   template <typename S>
   void add(std::unique_ptr<S> step) {
@@ -70,11 +99,18 @@ struct MoveArguments {  // steps of one or two inputs
   int32_t a_zero_point, b_zero_point, function, count_padding, divisor, from_bytes;
   int32_t kernel_h, kernel_w, window_stride_h, window_stride_w, padding_h, padding_w;
   int32_t dilation_h, dilation_w;
-  float a_scale, b_scale, inverse, zero_point, low, multiplier;
+  float a_scale, b_scale, inverse, zero_point, low, multiplier, epsilon;
+};
+
+struct AttentionArguments {
+  Tensor query, key, value, out;  // [images * length][heads * size]
+  int64_t images, heads;
+  float scale;
 };
 
 int64_t fxq_convolution_arguments_size() { return sizeof(ConvolutionArguments); }
 int64_t fxq_move_arguments_size() { return sizeof(MoveArguments); }
+int64_t fxq_attention_arguments_size() { return sizeof(AttentionArguments); }
 
 Plan* fxq_plan_create() { return new Plan; }
 void fxq_plan_destroy(Plan* plan) { delete plan; }
@@ -330,6 +366,23 @@ void fxq_add_float_map(Plan* plan, const MoveArguments* a) {
   auto step = std::make_unique<FloatMap>();
   step->a = a->a, step->b = a->b, step->out = a->out;
   step->function = static_cast<FloatFunction>(a->function), step->exp16 = a->exp16;
+  plan->add(std::move(step));
+}
+
+void fxq_add_layer_norm(Plan* plan, const MoveArguments* a) {
+  auto step = std::make_unique<LayerNorm>();
+  step->a = a->a, step->b = a->b, step->out = a->out, step->has_other = a->function != 0;
+  const auto* factor = static_cast<const float*>(a->table);
+  step->factor.assign(factor, factor + a->out.c);
+  step->term.assign(a->term, a->term + a->out.c);
+  step->epsilon = a->epsilon;
+  plan->add(std::move(step));
+}
+
+void fxq_add_attention(Plan* plan, const AttentionArguments* a) {
+  auto step = std::make_unique<Attention>();
+  step->query = a->query, step->key = a->key, step->value = a->value, step->out = a->out;
+  step->images = a->images, step->heads = a->heads, step->scale = a->scale;
   plan->add(std::move(step));
 }
 

@@ -1,11 +1,11 @@
 // From an accumulator to the result, operation by operation as the engines of torch compute it.
 #pragma once
 
-#include "fxq.h"
+#include "functions.h"
 
 namespace fxq {
 
-enum class Activation : int32_t { none, relu, hardswish, silu, clamp };
+enum class Activation : int32_t { none, relu, hardswish, silu, clamp, gelu };
 
 // What a tensor is quantized with, found when a call sees it.
 struct Parameters {
@@ -32,40 +32,6 @@ struct Requantize {
   int32_t bounded;  // no result can leave int32 in front of the clamp
 };
 
-// e^x of oneDNN's elementwise kernels (oneDNN 3, f32 on AVX512).
-FXQ_INLINE __m512 onednn_exp(__m512 x) {
-  const auto constant = [](uint32_t bits) {
-    return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(bits)));
-  };
-  const __m512 lowest = constant(0xc2aeac50), highest = constant(0x42b17218);
-  const __m512 one = _mm512_set1_ps(1.0f);
-  const __mmask16 tiny = _mm512_cmp_ps_mask(x, lowest, _CMP_LT_OS);
-  x = _mm512_max_ps(_mm512_min_ps(x, highest), lowest);
-  const __m512 scaled =
-      _mm512_fmadd_ps(x, constant(0x3fb8aa3b), _mm512_set1_ps(0.5f));
-  const __m512 whole = _mm512_roundscale_ps(scaled, _MM_FROUND_FLOOR);
-  const __m512 rest = _mm512_fnmadd_ps(whole, constant(0x3f317218), x);
-  __m512i power = _mm512_cvtps_epi32(_mm512_sub_ps(whole, one));
-  power = _mm512_slli_epi32(_mm512_add_epi32(power, _mm512_set1_epi32(127)), 23);
-  power = _mm512_mask_mov_epi32(power, tiny, _mm512_setzero_si512());
-  __m512 sum = constant(0x3c07cfce);
-  sum = _mm512_fmadd_ps(sum, rest, constant(0x3d2b9d0d));
-  sum = _mm512_fmadd_ps(sum, rest, constant(0x3e2aad40));
-  sum = _mm512_fmadd_ps(sum, rest, constant(0x3efffee3));
-  sum = _mm512_fmadd_ps(sum, rest, constant(0x3f7ffffb));
-  sum = _mm512_fmadd_ps(sum, rest, one);
-  return _mm512_mul_ps(_mm512_mul_ps(sum, _mm512_castsi512_ps(power)), _mm512_set1_ps(2.0f));
-}
-
-// 1 / (1 + e^-x), by the symmetry that oneDNN uses.
-FXQ_INLINE __m512 onednn_logistic(__m512 x) {
-  const __m512 sign = _mm512_set1_ps(-0.0f), one = _mm512_set1_ps(1.0f);
-  const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(x));
-  const __m512 e = onednn_exp(_mm512_or_ps(x, sign));
-  const __m512 low = _mm512_div_ps(e, _mm512_add_ps(e, one));
-  return _mm512_mask_mov_ps(_mm512_sub_ps(one, low), negative, low);
-}
-
 template <Activation kActivation>
 FXQ_INLINE __m512 activate(__m512 y, const Requantize& r) {
   const __m512 zero = _mm512_setzero_ps();
@@ -79,6 +45,8 @@ FXQ_INLINE __m512 activate(__m512 y, const Requantize& r) {
     return _mm512_mul_ps(y, _mm512_min_ps(_mm512_max_ps(gate, zero), _mm512_set1_ps(1.0f)));
   } else if constexpr (kActivation == Activation::silu) {
     return _mm512_mul_ps(onednn_logistic(y), y);
+  } else if constexpr (kActivation == Activation::gelu) {
+    return onednn_gelu(y);
   } else {
     return y;
   }
@@ -98,6 +66,8 @@ FXQ_INLINE void with_activation_of(const Requantize& r, const F& f) {
       return f(std::integral_constant<Activation, Activation::silu>{});
     case Activation::clamp:
       return f(std::integral_constant<Activation, Activation::clamp>{});
+    case Activation::gelu:
+      return f(std::integral_constant<Activation, Activation::gelu>{});
   }
 }
 
