@@ -20,19 +20,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxquant._version import __version__
+from fxquant.attribute_paths import set_attribute
 from fxquant.autocast import outside_modes
 from fxquant.channel_mean import ChannelMean
 from fxquant.config_file import qconfig_from_plain, qconfig_to_plain
 from fxquant.errors import ArtifactError, Diagnostics, StrictModeError, did_you_mean
 from fxquant.graph_codec import EncodedNode, decode_graph, decode_target, encode_graph
-from fxquant.graph_module import (
-    QuantGraphModule,
-    Stage,
-    derive,
-    graphs_in,
-    parts_below,
-    set_attribute,
-)
+from fxquant.graph_module import QuantGraphModule, derive, graphs_in, parts_below
+from fxquant.graph_state import Stage
 from fxquant.islands import SWAPPED, exchange
 from fxquant.json_codec import decode, encode
 from fxquant.kernel_table import KernelTable, table_of

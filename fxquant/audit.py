@@ -22,7 +22,8 @@ from torch import fx, nn
 from fxquant._version import __version__
 from fxquant.autocast import outside_modes
 from fxquant.errors import CaptureError, ConfigError, CoverageError
-from fxquant.graph_module import QuantGraphModule, Stage, graphs_in
+from fxquant.graph_module import QuantGraphModule, graphs_in
+from fxquant.graph_state import Stage
 from fxquant.inputs import bind_examples, made_up_inputs
 from fxquant.kernel_trace import (
     Kernels,

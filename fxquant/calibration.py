@@ -38,7 +38,8 @@ from fxquant.errors import (
     NotPreparedError,
     did_you_mean,
 )
-from fxquant.graph_module import QuantGraphModule, Stage, graphs_in
+from fxquant.graph_module import QuantGraphModule, graphs_in
+from fxquant.graph_state import Stage
 from fxquant.inputs import BoundInterpreter, bind_inputs
 from fxquant.metadata import record_of, tensor_records
 from fxquant.observed import was_observed

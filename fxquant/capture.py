@@ -23,7 +23,8 @@ from fxquant.errors import (
     UntraceableError,
     did_you_mean,
 )
-from fxquant.graph_module import GraphState, QuantGraphModule, Stage
+from fxquant.graph_module import QuantGraphModule
+from fxquant.graph_state import GraphState, Stage
 from fxquant.metadata import record_of, set_record, update_record
 from fxquant.op_view import type_of
 from fxquant.optional_inputs import same_but_for

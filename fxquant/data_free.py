@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
+from fxquant.attribute_paths import set_attribute
 from fxquant.channel_mean import ChannelMean
 from fxquant.errors import CalibrationError
-from fxquant.graph_module import QuantGraphModule, set_attribute
+from fxquant.graph_module import QuantGraphModule
 from fxquant.inputs import BoundInterpreter, bind_examples
 from fxquant.metadata import record_of
 from fxquant.op_view import Op, op_of

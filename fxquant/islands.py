@@ -23,9 +23,11 @@ from typing import Any, Final, TypeVar
 import torch
 from torch import fx, nn
 
+from fxquant.attribute_paths import set_attribute
 from fxquant.capture import capture
 from fxquant.errors import CalibrationWarning, CaptureError, CaptureWarning, Diagnostics
-from fxquant.graph_module import QuantGraphModule, Stage, parts_below, set_attribute
+from fxquant.graph_module import QuantGraphModule, parts_below
+from fxquant.graph_state import Stage
 from fxquant.inputs import bind_examples
 from fxquant.ledger import build_ledger
 from fxquant.metadata import add_reason, record_of, update_record

@@ -15,7 +15,7 @@ import torch
 from fxquant.config_file import qconfig_from_plain, qconfig_to_plain
 from fxquant.errors import ArtifactError
 from fxquant.graph_codec import EncodedNode, NodeReference
-from fxquant.graph_module import AbsorbedClamp, GraphState, OpEntry, PackRecord, Stage
+from fxquant.graph_state import AbsorbedClamp, GraphState, OpEntry, PackRecord, Stage
 from fxquant.metadata import Annotation, DictRecord, FusionRecord, NodeRecord, TensorRecord
 from fxquant.qconfig import QConfig
 from fxquant.specs import QuantSpec

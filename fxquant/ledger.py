@@ -12,7 +12,8 @@ from torch._ops import HigherOrderOperator
 
 from fxquant.attention import window_attention
 from fxquant.dataflow import has_float_input, is_container, is_float_tensor, looks_up
-from fxquant.graph_module import OpEntry, QuantGraphModule
+from fxquant.graph_module import QuantGraphModule
+from fxquant.graph_state import OpEntry
 from fxquant.metadata import TensorRecord, record_of, shape_of, tensor_records
 from fxquant.op_catalog import COMPUTE_KINDS
 from fxquant.op_view import Op, kind_of, op_of, type_name

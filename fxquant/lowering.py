@@ -12,7 +12,7 @@ from torch import fx
 
 from fxquant.clamps import CLAMP_KINDS
 from fxquant.dataflow import reads_only_shape
-from fxquant.graph_module import WeightLimit
+from fxquant.graph_state import WeightLimit
 from fxquant.kernel_table import KernelTable
 from fxquant.kernels import as_bytes, as_quantized
 from fxquant.metadata import record_of, update_record

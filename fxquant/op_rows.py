@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.errors import NotAGraphModuleError
-from fxquant.graph_module import OpEntry, QuantGraphModule, Stage, parts_below
+from fxquant.graph_module import QuantGraphModule, parts_below
+from fxquant.graph_state import OpEntry, Stage
 from fxquant.half import NORMALIZATIONS
 from fxquant.kernels import as_quantized, checked_input
 from fxquant.metadata import FusionRecord, NodeRecord, record_of

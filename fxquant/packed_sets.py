@@ -22,7 +22,8 @@ from fxquant.inputs import BoundInterpreter, bind_inputs
 from fxquant.metadata import TensorRecord, record_of
 
 if TYPE_CHECKING:
-    from fxquant.graph_module import PackRecord, QuantGraphModule
+    from fxquant.graph_module import QuantGraphModule
+    from fxquant.graph_state import PackRecord
 
 LARGEST: Final = 3
 """Sets of packed weights that a module may have beside its first."""

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fxquant.attribute_paths import set_attribute
 from fxquant.engines import consume_deprecation_warning, engine
-from fxquant.graph_module import PackRecord, QuantGraphModule, set_attribute
+from fxquant.graph_module import QuantGraphModule
+from fxquant.graph_state import PackRecord
 from fxquant.metadata import record_of
 from fxquant.op_view import attribute
 from fxquant.script_kernels import expected_shape, pack_table

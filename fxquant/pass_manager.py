@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from fxquant.errors import Diagnostics, PassContractError
-from fxquant.graph_module import GraphState, QuantGraphModule
+from fxquant.graph_module import QuantGraphModule
+from fxquant.graph_state import GraphState
 from fxquant.late_code import code_written_once
 from fxquant.metadata import record_of
 from fxquant.op_view import attribute, submodule

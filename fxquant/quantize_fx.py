@@ -24,7 +24,8 @@ from fxquant.errors import (
     NotPreparedError,
 )
 from fxquant.graph_codec import encode_graph
-from fxquant.graph_module import QuantGraphModule, Stage
+from fxquant.graph_module import QuantGraphModule
+from fxquant.graph_state import Stage
 from fxquant.islands import ConvertIslands, Island, NestIslands, Part, subjects_in
 from fxquant.kernel_table import KernelTable, table_of
 from fxquant.late_code import code_written_once

@@ -9,12 +9,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxquant.graph_module import (
-    PackRecord,
-    QuantGraphModule,
-    delete_attribute,
-    set_attribute,
-)
+from fxquant.attribute_paths import delete_attribute, set_attribute
+from fxquant.graph_module import QuantGraphModule
+from fxquant.graph_state import PackRecord
 from fxquant.metadata import (
     NodeRecord,
     TensorRecord,

@@ -22,7 +22,8 @@ from fxquant._version import __version__
 from fxquant.audit import audit
 from fxquant.errors import ArtifactError, ConfigError
 from fxquant.graph_codec import decode_graph
-from fxquant.graph_module import QuantGraphModule, Stage
+from fxquant.graph_module import QuantGraphModule
+from fxquant.graph_state import Stage
 from fxquant.machine import made_on
 from fxquant.metadata import record_of
 from fxquant.op_rows import OpRow, Runs, checked

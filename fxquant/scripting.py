@@ -26,7 +26,8 @@ from torch._ops import OpOverload
 from fxquant import kernels, script_kernels
 from fxquant import recurrent_kernels as recurrent
 from fxquant.errors import LoweringError
-from fxquant.graph_module import PackRecord, QuantGraphModule
+from fxquant.graph_module import QuantGraphModule
+from fxquant.graph_state import PackRecord
 from fxquant.metadata import record_of
 from fxquant.op_view import attribute
 from fxquant.packing import PACKERS, scalar

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import fx, nn
 
+from fxquant.attribute_paths import set_attribute
 from fxquant.errors import CaptureWarning, Diagnostics
-from fxquant.graph_module import QuantGraphModule, set_attribute
+from fxquant.graph_module import QuantGraphModule
 
 
 def order_inputs(graph: fx.Graph, fixed: Mapping[str, Any], forward: Callable[..., Any]) -> None:

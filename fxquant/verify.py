@@ -9,7 +9,8 @@ from torch import fx
 
 from fxquant.dataflow import reads_only_shape
 from fxquant.errors import GraphError
-from fxquant.graph_module import QuantGraphModule, Stage
+from fxquant.graph_module import QuantGraphModule
+from fxquant.graph_state import Stage
 from fxquant.kernels import to_quantized
 from fxquant.metadata import TensorRecord, record_of
 from fxquant.op_view import attribute

@@ -13,7 +13,8 @@ import torch
 from torch import fx
 
 from fxquant.clamps import CLAMP_KINDS, bounds_of, high_is_free, low_is_free
-from fxquant.graph_module import AbsorbedClamp, QuantGraphModule
+from fxquant.graph_module import QuantGraphModule
+from fxquant.graph_state import AbsorbedClamp
 from fxquant.metadata import add_reason, record_of, update_record
 from fxquant.op_view import attribute, op_of
 from fxquant.operators import DEQUANTIZE, QUANTIZE

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from fxquant.graph_module import PackRecord, QuantGraphModule
+from fxquant.graph_module import QuantGraphModule
+from fxquant.graph_state import PackRecord
 from fxquant.metadata import record_of, update_record
 from fxquant.packing import UNPACKED
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fxquant.graph_module import QuantGraphModule, set_attribute
+from fxquant.attribute_paths import set_attribute
+from fxquant.graph_module import QuantGraphModule
 from fxquant.metadata import TensorRecord, record_of, shape_of
 from fxquant.op_view import OUT_OF_PLACE_OPERATORS
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult, Refusal

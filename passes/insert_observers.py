@@ -10,7 +10,8 @@ import torch
 from torch import fx, nn
 
 from fxquant.dataflow import is_float_tensor
-from fxquant.graph_module import QuantGraphModule, Stage
+from fxquant.graph_module import QuantGraphModule
+from fxquant.graph_state import Stage
 from fxquant.metadata import add_reason, record_of
 from fxquant.op_view import op_of
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult

@@ -15,7 +15,8 @@ import torch
 from torch import fx
 
 from fxquant.dataflow import is_float_tensor
-from fxquant.graph_module import QuantGraphModule, Stage
+from fxquant.graph_module import QuantGraphModule
+from fxquant.graph_state import Stage
 from fxquant.metadata import Annotation, record_of
 from fxquant.observed import spec_of_observer
 from fxquant.op_view import Form, op_of

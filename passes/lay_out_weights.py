@@ -8,7 +8,8 @@ from typing import ClassVar, Final
 import torch
 from torch import Tensor, fx, nn
 
-from fxquant.graph_module import QuantGraphModule, set_attribute
+from fxquant.attribute_paths import set_attribute
+from fxquant.graph_module import QuantGraphModule
 from fxquant.op_view import attribute, op_of
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
 from fxquant.rewriter import GraphRewriter

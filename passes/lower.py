@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from fxquant.engines import consume_deprecation_warning
-from fxquant.graph_module import QuantGraphModule, Stage
+from fxquant.graph_module import QuantGraphModule
+from fxquant.graph_state import Stage
 from fxquant.kernel_table import KernelTable
 from fxquant.kernels import to_quantized
 from fxquant.lowering import Bound, IntValue, Lowering, Representation, Site

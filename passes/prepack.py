@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import fx
 
-from fxquant.graph_module import PackRecord, QuantGraphModule
+from fxquant.graph_module import QuantGraphModule
+from fxquant.graph_state import PackRecord
 from fxquant.metadata import NodeRecord, set_record
 from fxquant.packing import PACKERS
 from fxquant.pass_manager import Fact, Pass, PassContext, PassResult

@@ -13,8 +13,9 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import fx
 
+from fxquant.attribute_paths import set_attribute
 from fxquant.dataflow import reads_only_shape
-from fxquant.graph_module import QuantGraphModule, derive, set_attribute
+from fxquant.graph_module import QuantGraphModule, derive
 from fxquant.kernels import to_quantized
 from fxquant.metadata import TensorRecord, add_reason, record_of, update_record
 from fxquant.op_view import attribute

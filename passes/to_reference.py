@@ -17,7 +17,8 @@ from torch import Tensor, fx, nn
 
 from fxquant.errors import CalibrationWarning, NonFiniteStatisticError
 from fxquant.functional import FUNCTIONS, functional_call
-from fxquant.graph_module import QuantGraphModule, Stage
+from fxquant.graph_module import QuantGraphModule
+from fxquant.graph_state import Stage
 from fxquant.kernel_probe import dynamic_quant_max
 from fxquant.metadata import (
     Annotation,

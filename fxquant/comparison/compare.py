@@ -32,7 +32,8 @@ from fxquant.comparison.report import (
 from fxquant.comparison.runs import FloatRun, IntRun
 from fxquant.comparison.sites import Site, sites_of
 from fxquant.errors import CalibrationError, ConfigError, Diagnostics, TrainingModeError
-from fxquant.graph_module import QuantGraphModule, Stage
+from fxquant.graph_module import QuantGraphModule
+from fxquant.graph_state import Stage
 from fxquant.inputs import bind_inputs
 from fxquant.metadata import record_of
 from fxquant.op_rows import OpRow, checked, rows_of

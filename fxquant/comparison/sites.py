@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.graph_codec import decode_graph
-from fxquant.graph_module import QuantGraphModule, Stage
+from fxquant.graph_module import QuantGraphModule
+from fxquant.graph_state import Stage
 from fxquant.metadata import record_of
 from fxquant.op_view import attribute
 from fxquant.operators import DEQUANTIZE, QUANTIZE

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from torch import fx, nn
 
+from fxquant.attribute_paths import set_attribute
 from fxquant.capture import capture
 from fxquant.compat.custom_modules import nested_observed
 from fxquant.compat.graph_meta import MAPPING, preserve, set_qconfigs
@@ -22,7 +23,7 @@ from fxquant.custom_config import PrepareCustomConfig, as_prepare_custom_config
 from fxquant.dict_policy import TORCH_AO
 from fxquant.errors import ConfigError, Diagnostics, NotPreparedError
 from fxquant.fake_quantize import FakeQuantizeBase
-from fxquant.graph_module import PRESERVED_ATTRIBUTES, QuantGraphModule, set_attribute
+from fxquant.graph_module import PRESERVED_ATTRIBUTES, QuantGraphModule
 from fxquant.ledger import build_ledger
 from fxquant.metadata import record_of, update_record
 from fxquant.own_copy import own_copy

@@ -30,7 +30,8 @@ from fxquant.errors import (
     QConfigMismatchError,
 )
 from fxquant.graph_codec import encode_graph
-from fxquant.graph_module import QuantGraphModule, Stage
+from fxquant.graph_module import QuantGraphModule
+from fxquant.graph_state import Stage
 from fxquant.ledger import build_ledger
 from fxquant.metadata import add_reason, record_of, update_record
 from fxquant.own_copy import own_copy

@@ -21,7 +21,8 @@ from fxquant.custom_config import (
     StandaloneModuleConfigEntry,
 )
 from fxquant.errors import ConfigWarning, Diagnostics
-from fxquant.graph_module import QuantGraphModule, Stage
+from fxquant.graph_module import QuantGraphModule
+from fxquant.graph_state import Stage
 from fxquant.metadata import record_of
 from fxquant.passes.nest_modules import Nested
 from fxquant.passes.to_reference import is_observer

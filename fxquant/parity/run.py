@@ -12,7 +12,8 @@ from torch import fx, nn
 
 from fxquant.autocast import outside_modes
 from fxquant.errors import ConfigError
-from fxquant.graph_module import QuantGraphModule, Stage, parts_below
+from fxquant.graph_module import QuantGraphModule, parts_below
+from fxquant.graph_state import Stage
 from fxquant.metadata import record_of
 from fxquant.parity.recording import Recorder
 from fxquant.parity.report import ParityReport, ParityRow

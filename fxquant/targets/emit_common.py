@@ -14,7 +14,7 @@ from torch import fx
 
 from fxquant.clamps import CLAMP_KINDS, bounds_of
 from fxquant.engine_free import clamp
-from fxquant.graph_module import WeightLimit
+from fxquant.graph_state import WeightLimit
 from fxquant.kernels import as_bytes
 from fxquant.lowering import Representation, Site, Weight
 from fxquant.metadata import add_reason, record_of
