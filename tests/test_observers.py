@@ -410,6 +410,18 @@ def test_factories_are_values() -> None:
     assert isinstance(hash(nested), int)
 
 
+def test_pickles_made_before_observers_were_a_package_are_read() -> None:
+    factory = MinMaxObserver.with_args(dtype=torch.int8)
+    text = pickle.dumps(factory, protocol=0)
+    for new, old in (
+        (b"fxquant.observers.factory\nunpickle_factory", b"fxquant.observers\n_unpickle_factory"),
+        (b"fxquant.observers.min_max\n", b"fxquant.observers\n"),
+    ):
+        assert new in text
+        text = text.replace(new, old)
+    assert pickle.loads(text) == factory
+
+
 def test_factories_make_new_observers_every_time() -> None:
     factory = MinMaxObserver.with_args(dtype=torch.int8)
     first, second = factory(), factory(quant_min=-8, quant_max=7)

@@ -24,10 +24,7 @@ module                  holds
 ======================  ============================================================
 """
 
-from fxquant.observers.base import (
-    ObserverBase,
-    UniformQuantizationObserverBase,
-)
+from fxquant.observers.base import ObserverBase, UniformQuantizationObserverBase
 from fxquant.observers.defaults import (
     default_affine_fixed_qparams_observer,
     default_debug_observer,
@@ -46,9 +43,7 @@ from fxquant.observers.defaults import (
     per_channel_weight_observer_range_neg_127_to_127,
     weight_observer_range_neg_127_to_127,
 )
-from fxquant.observers.factory import (
-    PartialFactory,
-)
+from fxquant.observers.factory import PartialFactory, unpickle_factory
 from fxquant.observers.histogram import (
     HistogramObserver,
     PerChannelHistogramObserver,
@@ -101,3 +96,5 @@ __all__ = [
     "per_channel_weight_observer_range_neg_127_to_127",
     "weight_observer_range_neg_127_to_127",
 ]
+
+_unpickle_factory = unpickle_factory  # its name in pickles made before this was a package

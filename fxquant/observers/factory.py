@@ -42,7 +42,7 @@ class PartialFactory:
 
     def __reduce__(self) -> tuple[object, ...]:
         values = (self.target, name_schemes(self.arguments), self.callables)
-        return _unpickle_factory, values
+        return unpickle_factory, values
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Make an instance; arguments given here win over the stored ones."""
@@ -74,11 +74,12 @@ class PartialFactory:
         return f"{name}({', '.join(shown)})"
 
 
-def _unpickle_factory(
+def unpickle_factory(
     target: Callable[..., Any],
     arguments: Mapping[str, Any],
     callables: Mapping[str, Callable[[], Any]],
 ) -> PartialFactory:
+    """The factory of a pickle, in which qschemes are names."""
     return PartialFactory(target, find_schemes(arguments), callables)
 
 
