@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,10 @@ from torch import Tensor
 
 from fxquant.native.plan import PlanBuilder, Value
 
-_LONGEST = 192
+MASK_KINDS: Final = {"none": 0, "floats": 1, "booleans": 2}
+"""What a mask consists of -> its number in C++."""
+
+_LONGEST: Final = 192
 """Sums of more products are split in ways that the kernel does not follow."""
 
 
@@ -46,23 +50,33 @@ def agrees_on_layer_norm(width: int) -> bool:
 
 
 @functools.cache
-def agrees_on_attention(shape: tuple[int, int, int, int, int], scale: float) -> bool:
+def agrees_on_attention(
+    shape: tuple[int, int, int, int, int], scale: float, mask_kind: str = "none"
+) -> bool:
     """Whether ``F.scaled_dot_product_attention`` is what the kernel computes.
 
     Args:
         shape: images, queries, keys, heads and size of a head.
         scale: of the scores.
+        mask_kind: a key of :data:`MASK_KINDS`.
     """
     images, queries, keys, heads, size = shape
     if keys % 16 or size % 16 or max(keys, size) > _LONGEST:
         return False
     given = [_random(images, length, heads * size) for length in (queries, keys, keys)]
-    builder, values, out = _one_step(given, given[0].shape)
-    reads = dict(zip(("query", "key", "value"), values, strict=True))
-    builder.add("attention", reads, out, images=images, heads=heads, scale=scale)
+    mask: Tensor | None = None if mask_kind == "none" else _random(1, 1, queries, keys)
+    if mask is not None and mask_kind == "booleans":
+        mask = mask > -1
+    builder, values, out = _one_step(given if mask is None else [*given, mask], given[0].shape)
+    reads = dict(zip(("query", "key", "value", "mask"), values, strict=False))
+    builder.add(
+        "attention", reads, out, images=images, heads=heads, scale=scale,
+        mask_kind=MASK_KINDS[mask_kind], mask_query=keys, mask_key=1,
+    )  # fmt: skip
     split = [x.unflatten(2, (heads, size)).transpose(1, 2) for x in given]
-    mixed = F.scaled_dot_product_attention(split[0], split[1], split[2], scale=scale)
-    return torch.equal(_run(builder, given, given[0].shape), mixed.transpose(1, 2).flatten(2))
+    mixed = F.scaled_dot_product_attention(split[0], split[1], split[2], mask, scale=scale)
+    found = _run(builder, given if mask is None else [*given, mask], given[0].shape)
+    return torch.equal(found, mixed.transpose(1, 2).flatten(2))
 
 
 def _random(*shape: int) -> Tensor:

@@ -155,9 +155,12 @@ class AttentionArguments(Structure):
     """Attention of heads that lie side by side."""
 
     _fields_ = (
-        *((name, TensorArgument) for name in ["query", "key", "value", "out"]),
-        ("images", c_int64),
-        ("heads", c_int64),
+        *((name, TensorArgument) for name in ["query", "key", "value", "mask", "out"]),
+        *(
+            (name, c_int64)
+            for name in ["images", "heads", "mask_image", "mask_head", "mask_query", "mask_key"]
+        ),
+        ("mask_kind", c_int32),
         ("scale", c_float),
     )
 

@@ -109,7 +109,7 @@ class _Compiler:
     done: int = 0
 
     def __post_init__(self) -> None:
-        self.translation = Translation(self.gm, self.builder, self.metas, self.bring)
+        self.translation = Translation(self.gm, self.builder, self.metas, self.bring, self.place)
 
     def compile(self) -> None:
         for node in self.gm.graph.nodes:
@@ -151,6 +151,13 @@ class _Compiler:
             return None
         self.instructions.append(Imported(node, outside.buffer.slot, stride))
         return made
+
+    def place(self, node: fx.Node) -> Value:
+        """Where torch left a tensor, for kernels that follow its strides themselves."""
+        meta = self.metas[node]
+        outside = self.builder.external(meta.shape, torch.uint8)
+        self.instructions.append(Imported(node, outside.buffer.slot, meta.stride))
+        return outside
 
     def export(self, node: fx.Node) -> None:
         """Make a tensor of a value that torch reads."""

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from fxquant import engine_free, kernels
 from fxquant.graph_module import QuantGraphModule
 from fxquant.native.agreement import (
+    MASK_KINDS,
     agrees_on_attention,
     agrees_on_gelu,
     agrees_on_layer_norm,
@@ -90,6 +91,7 @@ class Translation:
         metas: what each node's value was.
         bring: makes a plan's value of what torch computes in front of it; ``None`` where it is
             of no use here.
+        place: names the place of what torch computes, in its own strides and type.
         values: the nodes that are in the plan.
         heads: those that are values of the plan with their channels in groups.
         quantized: floats that were quantized in the call: (node, highest integer) -> integers,
@@ -100,6 +102,7 @@ class Translation:
     builder: PlanBuilder
     metas: Mapping[fx.Node, Meta]
     bring: Callable[[fx.Node], Value | None]
+    place: Callable[[fx.Node], Value]
     values: dict[fx.Node, Value] = field(default_factory=dict)
     heads: dict[fx.Node, Heads] = field(default_factory=dict)
     quantized: dict[tuple[fx.Node, int], tuple[Value, Value]] = field(default_factory=dict)
@@ -230,10 +233,11 @@ def _regroup(t: Translation, node: fx.Node) -> Value | Heads | None:
     source, meta = node.args[0], t.metas.get(node)
     if meta is None or not isinstance(source, fx.Node):
         return None
-    heads = t.heads.get(source)
+    heads, known = t.heads.get(source), t.metas.get(source)
+    if heads is not None and known is not None and known.shape == meta.shape:
+        return heads
     if heads is not None:
         return heads.value if not heads.transposed and meta.shape == heads.value.shape else None
-    known = t.metas.get(source)
     if known is None or len(known.shape) != 3 or len(meta.shape) != 4:
         return None
     if meta.shape[:2] != known.shape[:2]:
@@ -864,7 +868,7 @@ def _attention(t: Translation, node: fx.Node) -> Heads | None:
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     nodes = [given[name] for name in names[:3]]
     sources = [t.heads.get(n) if isinstance(n, fx.Node) else None for n in nodes]
-    if any(given.get(name) for name in (*names[3:], "enable_gqa")):
+    if any(given.get(name) for name in ("dropout_p", "is_causal", "enable_gqa")):
         return None
     if any(s is None or not s.transposed for s in sources):
         return None
@@ -872,20 +876,50 @@ def _attention(t: Translation, node: fx.Node) -> Heads | None:
     if len({s.count for s in (query, key, value)}) > 1 or key.value.shape != value.value.shape:
         return None
     images, length, channels = query.value.shape
-    size = channels // query.count
+    size, keys = channels // query.count, key.value.shape[1]
     scale = given.get("scale")
     scale = 1.0 / math.sqrt(size) if scale is None else scale
     if channels != key.value.shape[2] or not _numbers((scale,)):
         return None
-    shape = (images, length, key.value.shape[1], query.count, size)
-    if not agrees_on_attention(shape, float(scale)):  # type: ignore[arg-type]  # a number
+    mask = _mask(t, given.get("attn_mask"), (images, query.count, length, keys))
+    shape = (images, length, keys, query.count, size)
+    if mask is None or not agrees_on_attention(shape, float(scale), mask.kind):  # type: ignore[arg-type]  # a number
         return None
+    reads = {"query": query.value, "key": key.value, "value": value.value}
+    if mask.node is not None:
+        reads["mask"] = t.place(mask.node)
     out = t.builder.value(query.value.shape, torch.float32)
     t.builder.add(
-        "attention", {"query": query.value, "key": key.value, "value": value.value}, out,
-        images=images, heads=query.count, scale=scale,
+        "attention", reads, out, images=images, heads=query.count, scale=scale,
+        mask_kind=MASK_KINDS[mask.kind], **mask.strides,
     )  # fmt: skip
     return Heads(out, query.count, transposed=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Mask:
+    kind: str
+    node: fx.Node | None = None
+    strides: dict[str, Any] = field(default_factory=dict)
+
+
+def _mask(t: Translation, source: object, scores: tuple[int, ...]) -> _Mask | None:
+    """An attention's mask; ``None`` where the kernel does not take it."""
+    if source is None:
+        return _Mask("none")
+    meta = t.metas.get(source) if isinstance(source, fx.Node) else None
+    if meta is None or meta.dtype not in (torch.float32, torch.bool) or len(meta.shape) > 4:
+        return None
+    missing = 4 - len(meta.shape)
+    shape, stride = (1,) * missing + meta.shape, (0,) * missing + meta.stride
+    if any(size not in (1, whole) for size, whole in zip(shape, scores, strict=True)):
+        return None
+    stride = tuple(0 if size == 1 else step for size, step in zip(shape, stride, strict=True))
+    if stride[3] not in (0, 1):
+        return None
+    names = ("mask_image", "mask_head", "mask_query", "mask_key")
+    kind = "booleans" if meta.dtype == torch.bool else "floats"
+    return _Mask(kind, source, dict(zip(names, stride, strict=True)))  # type: ignore[arg-type]  # a node: it has a meta
 
 
 # Movement.

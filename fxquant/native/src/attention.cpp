@@ -93,12 +93,33 @@ FXQ_INLINE float reduced(__m512 v, const F& f) {
   return _mm512_cvtss_f32(v);
 }
 
-// Scores become e^(scale * score - largest); 1 / their sum.
-float soften(float* scores, int64_t count, float scale) {
+// One query's row of a mask.
+struct MaskRow {
+  const uint8_t* start = nullptr;
+  MaskKind kind = MaskKind::none;
+  int64_t step = 0;
+
+  FXQ_INLINE __m512 at(int64_t i) const {  // what is added to 16 scores
+    if (kind == MaskKind::floats) {
+      const auto* floats = reinterpret_cast<const float*>(start);
+      return step == 0 ? _mm512_set1_ps(*floats) : _mm512_loadu_ps(floats + i);
+    }
+    const __m128i bytes = step == 0 ? _mm_set1_epi8(static_cast<char>(*start))
+                                    : _mm_loadu_si128(reinterpret_cast<const __m128i*>(start + i));
+    const __mmask16 hidden = _mm_cmpeq_epi8_mask(bytes, _mm_setzero_si128());
+    return _mm512_maskz_mov_ps(hidden, _mm512_set1_ps(-std::numeric_limits<float>::infinity()));
+  }
+};
+
+// Scores become e^(scale * score + mask - largest); 1 / their sum.
+float soften(float* scores, int64_t count, float scale, const MaskRow& mask) {
   const __m512 factor = _mm512_set1_ps(scale);
   __m512 most = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
   for (int64_t i = 0; i < count; i += 16) {
-    const __m512 scaled = _mm512_mul_ps(_mm512_load_ps(scores + i), factor);
+    const __m512 score = _mm512_load_ps(scores + i);
+    const __m512 scaled = mask.kind == MaskKind::none
+                              ? _mm512_mul_ps(score, factor)
+                              : _mm512_fmadd_ps(score, factor, mask.at(i));
     _mm512_store_ps(scores + i, scaled);
     most = maximum(most, scaled);
   }
@@ -131,6 +152,7 @@ void Attention::run(const Call& call, const Worker& worker) const {
   float* const scores = packed_values + size_padded * keys;       // [kRows][keys]
   float* const mixed = scores + kRows * keys_padded;              // [kRows][size]
   float* const last_rows = mixed + kRows * size_padded;           // [kRows][size]
+  const uint8_t* const masks = mask_kind == MaskKind::none ? nullptr : call.at(mask);
   int64_t first, last;
   worker.share(images * heads, first, last);
   for (int64_t unit = first; unit < last; unit++) {
@@ -159,8 +181,14 @@ void Attention::run(const Call& call, const Worker& worker) const {
       for (int64_t j = 0; j < keys; j += kPanel)
         product(block, block_row, packed_keys + j * size, size, scores + j, keys_padded);
       float inverse[kRows];
-      for (int64_t i = 0; i < count; i++)
-        inverse[i] = soften(scores + i * keys_padded, keys, scale);
+      MaskRow row{masks, mask_kind, mask_key};
+      for (int64_t i = 0; i < count; i++) {
+        if (masks != nullptr) {
+          const int64_t at = image * mask_image + unit % heads * mask_head + (m + i) * mask_query;
+          row.start = masks + at * (mask_kind == MaskKind::floats ? 4 : 1);
+        }
+        inverse[i] = soften(scores + i * keys_padded, keys, scale, row);
+      }
       for (int64_t d = 0; d < size; d += kPanel)
         product(scores, keys_padded, packed_values + d * keys, keys, mixed + d, size_padded);
       for (int64_t i = 0; i < count; i++) {

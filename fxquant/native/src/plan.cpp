@@ -103,8 +103,9 @@ struct MoveArguments {  // steps of one or two inputs
 };
 
 struct AttentionArguments {
-  Tensor query, key, value, out;  // [images * length][heads * size]
-  int64_t images, heads;
+  Tensor query, key, value, mask, out;  // [images * length][heads * size]; only the mask's place
+  int64_t images, heads, mask_image, mask_head, mask_query, mask_key;
+  int32_t mask_kind;
   float scale;
 };
 
@@ -383,6 +384,9 @@ void fxq_add_attention(Plan* plan, const AttentionArguments* a) {
   auto step = std::make_unique<Attention>();
   step->query = a->query, step->key = a->key, step->value = a->value, step->out = a->out;
   step->images = a->images, step->heads = a->heads, step->scale = a->scale;
+  step->mask = a->mask, step->mask_kind = static_cast<MaskKind>(a->mask_kind);
+  step->mask_image = a->mask_image, step->mask_head = a->mask_head;
+  step->mask_query = a->mask_query, step->mask_key = a->mask_key;
   plan->add(std::move(step));
 }
 
