@@ -57,21 +57,36 @@ class FoldBatchNorm(Pass):
             for match in report.matches:  # another batch-norm may follow each
                 base, norm = match.ops
                 fold(rewriter, base, norm, self.arithmetic)
-        nodes = {node.name: node for node in gm.graph.nodes}
-        refusals = []
-        for refusal in report.refusals:
-            if not refusal.guard:
-                continue  # no batch-norm follows: nothing was refused
-            refusals.append(
-                Refusal(node=refusal.anchor, reason=refusal.reason, culprits=refusal.culprits)
-            )
-            for user in nodes[refusal.anchor].users:
-                kind = kind_of(gm, user)
-                if kind is not None and kind.name == "batch_norm":
-                    before = record_of(user)
-                    add_reason(user, f"not folded: {refusal.reason}")
-                    rewriter.changes += record_of(user) != before
-        return PassResult(changes=rewriter.finish(), refusals=tuple(refusals))
+        refusals = tell_refusals(rewriter, report, "not folded")
+        return PassResult(changes=rewriter.finish(), refusals=refusals)
+
+
+def tell_refusals(
+    rewriter: GraphRewriter, report: MatchReport, consequence: str
+) -> tuple[Refusal, ...]:
+    """Write the reasons for which batch-norms stay to their records.
+
+    Args:
+        rewriter: of the graph; counts the records that changed.
+        report: of patterns that end in a batch-norm.
+        consequence: what became of the batch-norm: ``not folded``.
+
+    Returns:
+        What the pass refused.
+    """
+    gm, found = rewriter.gm, []
+    nodes = {node.name: node for node in gm.graph.nodes}
+    for refusal in report.refusals:
+        if not refusal.guard:
+            continue  # no batch-norm follows: nothing was refused
+        found.append(Refusal(node=refusal.anchor, reason=refusal.reason, culprits=refusal.culprits))
+        for user in nodes[refusal.anchor].users:
+            kind = kind_of(gm, user)
+            if kind is not None and kind.name == "batch_norm":
+                before = record_of(user)
+                add_reason(user, f"{consequence}: {refusal.reason}")
+                rewriter.changes += record_of(user) != before
+    return tuple(found)
 
 
 def _matches(gm: QuantGraphModule, context: PassContext) -> MatchReport:

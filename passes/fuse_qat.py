@@ -19,9 +19,9 @@ from torch import fx, nn
 
 from fxquant.errors import ConfigError
 from fxquant.graph_module import QuantGraphModule
-from fxquant.metadata import add_reason, record_of
-from fxquant.op_view import Form, Op, attribute, kind_of
-from fxquant.pass_manager import Fact, Pass, PassContext, PassResult, Refusal
+from fxquant.op_view import Form, Op, attribute
+from fxquant.pass_manager import Fact, Pass, PassContext, PassResult
+from fxquant.passes.fold_batch_norm import tell_refusals
 from fxquant.patterns.library import QAT_FUSION_PATTERNS, QAT_PATTERNS, with_any_operand
 from fxquant.patterns.listed import listed_fold
 from fxquant.patterns.match import Match, Reason, because
@@ -124,21 +124,8 @@ class FuseQat(Pass):
             base, norm = match.ops
             self._check(base, norm)
             _fuse(rewriter, base, norm)
-        nodes = {node.name: node for node in gm.graph.nodes}
-        refusals = []
-        for refusal in report.refusals:
-            if not refusal.guard:
-                continue  # no batch-norm follows: nothing was refused
-            refusals.append(
-                Refusal(node=refusal.anchor, reason=refusal.reason, culprits=refusal.culprits)
-            )
-            for user in nodes[refusal.anchor].users:
-                kind = kind_of(gm, user)
-                if kind is not None and kind.name == "batch_norm":
-                    before = record_of(user)
-                    add_reason(user, f"not trained fused: {refusal.reason}")
-                    rewriter.changes += record_of(user) != before
-        return PassResult(changes=rewriter.finish(), refusals=tuple(refusals))
+        refusals = tell_refusals(rewriter, report, "not trained fused")
+        return PassResult(changes=rewriter.finish(), refusals=refusals)
 
     def _check(self, base: Op, norm: Op) -> None:
         if base.name in self.refused:

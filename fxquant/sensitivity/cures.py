@@ -7,7 +7,7 @@ layers that feed the fragile one as well, whose observers make the range of what
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -18,6 +18,24 @@ from fxquant.observers import (
 )
 from fxquant.qconfig import QConfig, spec_of
 from fxquant.range_rules import MinMaxRule, MSERule, PercentileRule, RangeRule
+from fxquant.specs import QuantSpec
+
+
+def _integer_weights(qconfig: QConfig) -> QuantSpec | None:
+    """How a weight becomes integers with whole zero points; ``None`` where it does not."""
+    factory = spec_of(qconfig.weight)
+    spec = None if factory is None else factory.spec
+    return None if spec is None or spec.is_float or spec.has_float_zero_point else spec
+
+
+def _integers(spec: QuantSpec) -> dict[str, Any]:
+    """The arguments of an observer that wants the same integers."""
+    return {
+        "dtype": spec.dtype,
+        "qscheme": spec.qscheme,
+        "quant_min": spec.quant_min,
+        "quant_max": spec.quant_max,
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,17 +55,11 @@ class PerChannelWeights:
 
     def __call__(self, qconfig: QConfig) -> QConfig:
         """``qconfig`` with such weights; itself where it has them, or no integer weights."""
-        factory = spec_of(qconfig.weight)
-        spec = None if factory is None else factory.spec
-        if spec is None or spec.is_float or spec.has_float_zero_point:
+        spec = _integer_weights(qconfig)
+        if spec is None or (spec.is_per_channel and self.rule is None):
             return qconfig
-        if spec.is_per_channel and self.rule is None:
-            return qconfig
-        options = {
-            "dtype": spec.dtype,
+        options = _integers(spec) | {
             "qscheme": torch.per_channel_symmetric,
-            "quant_min": spec.quant_min,
-            "quant_max": spec.quant_max,
             "ch_axis": spec.ch_axis or 0,
         }
         if self.rule is None:
@@ -69,17 +81,10 @@ class WeightRange:
 
     def __call__(self, qconfig: QConfig) -> QConfig:
         """``qconfig`` with that rule; itself where it has no integer weights."""
-        factory = spec_of(qconfig.weight)
-        spec = None if factory is None else factory.spec
-        if spec is None or spec.is_float or spec.has_float_zero_point:
+        spec = _integer_weights(qconfig)
+        if spec is None:
             return qconfig
-        options = {
-            "dtype": spec.dtype,
-            "qscheme": spec.qscheme,
-            "quant_min": spec.quant_min,
-            "quant_max": spec.quant_max,
-            "rule": self.rule,
-        }
+        options = _integers(spec) | {"rule": self.rule}
         if spec.is_per_channel:
             weight = PerChannelHistogramObserver.with_args(**options, ch_axis=spec.ch_axis or 0)
         else:
@@ -108,13 +113,7 @@ class ActivationRange:
         spec = None if factory is None else factory.spec
         if spec is None or spec.is_float or spec.is_dynamic or spec.fixed or spec.is_per_channel:
             return qconfig
-        activation = HistogramObserver.with_args(
-            dtype=spec.dtype,
-            qscheme=spec.qscheme,
-            quant_min=spec.quant_min,
-            quant_max=spec.quant_max,
-            rule=self.rule,
-        )
+        activation = HistogramObserver.with_args(**_integers(spec), rule=self.rule)
         return QConfig(activation=activation, weight=qconfig.weight)
 
 

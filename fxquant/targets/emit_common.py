@@ -16,7 +16,7 @@ from fxquant.clamps import CLAMP_KINDS, bounds_of
 from fxquant.engine_free import clamp
 from fxquant.graph_state import WeightLimit
 from fxquant.kernels import as_bytes
-from fxquant.lowering import Representation, Site, Weight
+from fxquant.lowering import IntValue, Representation, Site, Weight
 from fxquant.metadata import add_reason, record_of
 from fxquant.op_view import Op, attribute
 from fxquant.pairing import KernelChoice
@@ -105,6 +105,34 @@ def clamp_epilogue(epilogues: tuple[Op, ...]) -> Op | None:
     if len(epilogues) == 1 and epilogues[0].name in CLAMP_KINDS:
         return epilogues[0]
     return None
+
+
+def is_relu(epilogue: Op | None) -> bool:
+    """Whether a clamp begins at zero: kernels called ``_relu`` do that bound."""
+    return epilogue is not None and bounds_of(epilogue)[0] == 0.0
+
+
+def emit_packed(site: Site, operator: Any, x: IntValue, packed: fx.Node, engine: str) -> fx.Node:
+    """A call of a ``quantized::`` operator on a quantized tensor and a packed weight.
+
+    Args:
+        site: where it is; the parameters of the result are its output's.
+        operator: an overload.
+        x: the activation.
+        packed: the weight, packed for ``engine``.
+        engine: ``fbgemm`` and the like.
+    """
+    return site.lowering.emit(
+        site,
+        operator,
+        (
+            site.lowering.held_as(x, QUANTIZED, at=site.last),
+            packed,
+            site.output_scale,
+            site.output_zero_point,
+        ),
+        f"quantized::{operator._opname} ({engine})",
+    )
 
 
 def finish_clamp(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxquant.clamps import CLAMP_KINDS, bounds_of
+from fxquant.clamps import CLAMP_KINDS
 from fxquant.kernels import accumulator
 from fxquant.lowering import IntValue, Site, Weight
 from fxquant.metadata import add_reason, record_of, shape_of
@@ -20,14 +20,15 @@ from fxquant.targets.emit_common import (
     CONVOLUTION_POST_OPS,
     FLOAT_INPUT,
     FLOAT_WEIGHT,
-    QUANTIZED,
     WRITES_INTEGERS,
     PostOp,
     clamp_epilogue,
     emit_float_head,
+    emit_packed,
     engines_for_weight,
     finish,
     finish_clamp,
+    is_relu,
     post_op,
     refused,
 )
@@ -102,16 +103,10 @@ def _emit_packed_convolution(
         ),
         at=site.last,
     )
-    relu = clamp is not None and bounds_of(clamp)[0] == 0.0
-    name = f"conv{dimensions}d{'_relu' if relu else ''}"
-    packet = getattr(torch.ops.quantized, name)
-    source = lowering.held_as(x, QUANTIZED, at=site.last)
-    node = lowering.emit(
-        site,
-        packet.new if "new" in packet.overloads() else packet.default,
-        (source, packed, site.output_scale, site.output_zero_point),
-        f"quantized::{name} ({engine})",
-    )
+    relu = is_relu(clamp)
+    packet = getattr(torch.ops.quantized, f"conv{dimensions}d{'_relu' if relu else ''}")
+    operator = packet.new if "new" in packet.overloads() else packet.default
+    node = emit_packed(site, operator, x, packed, engine)
     return finish_clamp(site, node, clamp, done="low" if relu else "")
 
 
@@ -182,7 +177,7 @@ def _emit_residual(site: Site, x: IntValue, weight: Weight, add: Op) -> str | No
     packed = lowering.pack("onednn-conv", _for_pointwise(site, x, weight), at=site.last)
     target = _accumulator(site, x, other)
     clamp = next((epilogue for epilogue in site.epilogues if epilogue.name in CLAMP_KINDS), None)
-    relu = clamp is not None and bounds_of(clamp)[0] == 0.0
+    relu = is_relu(clamp)
     node = lowering.emit(
         site,
         torch.ops.onednn.qconv2d_pointwise.binary,

@@ -9,7 +9,6 @@ from typing import Any, Final
 import torch
 from torch import fx
 
-from fxquant.clamps import bounds_of
 from fxquant.engine_free import add, add_relu
 from fxquant.kernels import lookup
 from fxquant.lowering import Lowering, Site
@@ -23,6 +22,7 @@ from fxquant.targets.emit_common import (
     clamp_epilogue,
     finish,
     finish_clamp,
+    is_relu,
 )
 
 _BINARY: Final[dict[str, Callable[..., Any]]] = {
@@ -41,7 +41,7 @@ def emit_binary(site: Site) -> str | None:
     if site.quantize is None:
         return WRITES_INTEGERS
     clamp = clamp_epilogue(site.epilogues)
-    relu = clamp is not None and bounds_of(clamp)[0] == 0.0
+    relu = is_relu(clamp)
     name = f"{site.op.name}{'_relu' if relu else ''}"
     if _is_broadcast(site.op):
         inputs = inputs[::-1]
@@ -128,7 +128,7 @@ def emit_batch_norm(site: Site) -> str | None:
         return WRITES_INTEGERS
     lowering, op = site.lowering, site.op
     clamp = clamp_epilogue(site.epilogues)
-    relu = clamp is not None and bounds_of(clamp)[0] == 0.0
+    relu = is_relu(clamp)
     name = f"batch_norm{_spatial_dimensions(op)}d{'_relu' if relu else ''}"
     constants = [
         constant_node(lowering, op, c, at=site.last)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from fxquant.clamps import bounds_of
 from fxquant.lowering import IntValue, Site, Weight
 from fxquant.metadata import shape_of
 from fxquant.op_view import Op
@@ -15,14 +14,15 @@ from fxquant.targets.emit_common import (
     FLOAT_INPUT,
     FLOAT_WEIGHT,
     LINEAR_POST_OPS,
-    QUANTIZED,
     WRITES_INTEGERS,
     PostOp,
     clamp_epilogue,
     emit_float_head,
+    emit_packed,
     engines_for_weight,
     finish,
     finish_clamp,
+    is_relu,
     post_op,
     refused,
 )
@@ -73,19 +73,10 @@ def _emit_packed_linear(
         ),
         at=site.last,
     )
-    relu = clamp is not None and bounds_of(clamp)[0] == 0.0
-    name = "linear_relu" if relu else "linear"
-    node = lowering.emit(
-        site,
-        getattr(torch.ops.quantized, name).default,
-        (
-            lowering.held_as(x, QUANTIZED, at=site.last),
-            packed,
-            site.output_scale,
-            site.output_zero_point,
-        ),
-        f"quantized::{name} ({engine})",
-    )
+    relu = is_relu(clamp)
+    operators = torch.ops.quantized
+    operator = operators.linear_relu.default if relu else operators.linear.default
+    node = emit_packed(site, operator, x, packed, engine)
     return finish_clamp(site, node, clamp, done="low" if relu else "")
 
 

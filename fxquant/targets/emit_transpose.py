@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from fxquant.clamps import bounds_of
 from fxquant.kernels import as_bytes, interleave
 from fxquant.lowering import IntValue, Site, Weight
 from fxquant.targets.emit_common import (
@@ -15,9 +14,11 @@ from fxquant.targets.emit_common import (
     WRITES_INTEGERS,
     clamp_epilogue,
     clamped,
+    emit_packed,
     engines_for_weight,
     finish,
     finish_clamp,
+    is_relu,
     refused,
 )
 from fxquant.targets.emit_convolution import geometry
@@ -61,17 +62,8 @@ def emit_convolution_transpose(site: Site) -> str | None:
         at=site.last,
     )
     name = f"conv_transpose{dimensions}d"
-    node = lowering.emit(
-        site,
-        getattr(torch.ops.quantized, name).default,
-        (
-            lowering.held_as(inputs[0], QUANTIZED, at=site.last),
-            packed,
-            site.output_scale,
-            site.output_zero_point,
-        ),
-        f"quantized::{name} ({choice.kernel})",
-    )
+    operator = getattr(torch.ops.quantized, name).default
+    node = emit_packed(site, operator, inputs[0], packed, choice.kernel)
     return finish_clamp(site, node, clamp_epilogue(site.epilogues))
 
 
@@ -88,19 +80,10 @@ def _emit_non_overlapping(site: Site, x: IntValue, weight: Weight, engine: str) 
         at=site.last,
     )
     clamp = clamp_epilogue(site.epilogues)
-    relu = clamp is not None and bounds_of(clamp)[0] == 0.0
-    name = f"conv2d{'_relu' if relu else ''}"
-    node = lowering.emit(
-        site,
-        getattr(torch.ops.quantized, name).new,
-        (
-            lowering.held_as(x, QUANTIZED, at=site.last),
-            packed,
-            site.output_scale,
-            site.output_zero_point,
-        ),
-        f"quantized::{name} ({engine})",
-    )
+    relu = is_relu(clamp)
+    operators = torch.ops.quantized
+    operator = operators.conv2d_relu.new if relu else operators.conv2d.new
+    node = emit_packed(site, operator, x, packed, engine)
     source, held = clamped(site, node, clamp, done="low" if relu else "")
     if held is QUANTIZED:
         source = lowering.call(as_bytes, (node,), at=site.last, like=node, dtype=torch.uint8)
