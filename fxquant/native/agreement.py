@@ -21,8 +21,8 @@ from fxquant.native.plan import PlanBuilder, Value
 MASK_KINDS: Final = {"none": 0, "floats": 1, "booleans": 2}
 """What a mask consists of -> its number in C++."""
 
-_LONGEST: Final = 192
-"""Sums of more products are split in ways that the kernel does not follow."""
+_LONGEST: Final = 512
+"""More keys than these, and torch takes the softmax piece by piece."""
 
 
 @functools.cache

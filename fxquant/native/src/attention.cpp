@@ -58,23 +58,35 @@ void transpose_16(const float* from, int64_t from_row, float* to, int64_t to_row
   });
 }
 
+// How many products the matrix library adds up before it starts a new sum and adds that to the
+// first: all, two halves, or pieces of 192.
+int64_t piece_of(int64_t inner) {
+  constexpr int64_t kPiece = 192;
+  if (inner <= kPiece || inner >= 2 * kPiece) return std::min(inner, kPiece);
+  return (inner + 1) / 2;
+}
+
 // kRows rows by 32 columns of a product; each sum in the order of the inner index.
 void product(const float* a, int64_t a_row, const float* panel, int64_t inner, float* out,
              int64_t out_row) {
-  __m512 sum[kRows * 2];
-  unrolled<kRows * 2>(FXQ_EACH { sum[i] = _mm512_setzero_ps(); });
-  for (int64_t k = 0; k < inner; k++) {
-    const __m512 left = _mm512_load_ps(panel + k * kPanel);
-    const __m512 right = _mm512_load_ps(panel + k * kPanel + 16);
-    unrolled<kRows>(FXQ_EACH {
-      const __m512 factor = _mm512_set1_ps(a[i * a_row + k]);
-      sum[2 * i] = _mm512_fmadd_ps(factor, left, sum[2 * i]);
-      sum[2 * i + 1] = _mm512_fmadd_ps(factor, right, sum[2 * i + 1]);
+  const int64_t piece = piece_of(inner);
+  for (int64_t first = 0; first < inner; first += piece) {
+    __m512 sum[kRows * 2];
+    unrolled<kRows * 2>(FXQ_EACH { sum[i] = _mm512_setzero_ps(); });
+    for (int64_t k = first; k < std::min(inner, first + piece); k++) {
+      const __m512 left = _mm512_load_ps(panel + k * kPanel);
+      const __m512 right = _mm512_load_ps(panel + k * kPanel + 16);
+      unrolled<kRows>(FXQ_EACH {
+        const __m512 factor = _mm512_set1_ps(a[i * a_row + k]);
+        sum[2 * i] = _mm512_fmadd_ps(factor, left, sum[2 * i]);
+        sum[2 * i + 1] = _mm512_fmadd_ps(factor, right, sum[2 * i + 1]);
+      });
+    }
+    unrolled<kRows * 2>(FXQ_EACH {
+      float* const to = out + i / 2 * out_row + i % 2 * 16;
+      _mm512_store_ps(to, first == 0 ? sum[i] : _mm512_add_ps(_mm512_load_ps(to), sum[i]));
     });
   }
-  unrolled<kRows * 2>(FXQ_EACH {
-    _mm512_store_ps(out + i / 2 * out_row + i % 2 * 16, sum[i]);
-  });
 }
 
 // The larger one, or NaN where either is.
