@@ -81,7 +81,24 @@ class FixedQParamsObserver(ObserverBase):
         return self.spec.short()
 
 
-class PlaceholderObserver(ObserverBase):
+class _NoQParams(ObserverBase):
+    """Gives back what passes; there is nothing to make parameters of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give ``x`` back without a look."""
+        return x
+
+    @torch.jit.unused
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Never: nothing is summarized here.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(f"calculate_qparams should not be called for {type(self).__name__}")
+
+
+class PlaceholderObserver(_NoQParams):
     """Looks at nothing and only says which dtype is wanted: dynamic, float16, or none at all.
 
     Args:
@@ -134,25 +151,12 @@ class PlaceholderObserver(ObserverBase):
             eps=self.eps,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Give ``x`` back without a look."""
-        return x
-
-    @torch.jit.unused
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """Never: there are no statistics.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise _no_qparams(self)
-
     def extra_repr(self) -> str:
         """The dtype in one line."""
         return f"dtype={self.dtype}, is_dynamic={self.is_dynamic}"
 
 
-class NoopObserver(ObserverBase):
+class NoopObserver(_NoQParams):
     """Looks at nothing and wants nothing: the tensor stays in floating point.
 
     Args:
@@ -164,41 +168,15 @@ class NoopObserver(ObserverBase):
         super().__init__(dtype)
         self.custom_op = custom_op_name
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Give ``x`` back without a look."""
-        return x
 
-    @torch.jit.unused
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """Never: there are no statistics.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise _no_qparams(self)
-
-
-class ReuseInputObserver(ObserverBase):
+class ReuseInputObserver(_NoQParams):
     """Says that an op's output shares the observer of its input; is never inserted itself."""
 
     def __init__(self) -> None:
         super().__init__(torch.uint8)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Give ``x`` back without a look."""
-        return x
 
-    @torch.jit.unused
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """Never: the input's observer has the numbers.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise _no_qparams(self)
-
-
-class RecordingObserver(ObserverBase):
+class RecordingObserver(_NoQParams):
     """Keeps a copy of every tensor, for debugging; its memory grows with every batch.
 
     Args:
@@ -222,19 +200,6 @@ class RecordingObserver(ObserverBase):
         return x
 
     @torch.jit.unused
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """Never: tensors are recorded, not summarized.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise _no_qparams(self)
-
-    @torch.jit.unused
     def get_tensor_value(self) -> list[Tensor]:
         """The recorded tensors, in order."""
         return self.tensor_val
-
-
-def _no_qparams(observer: ObserverBase) -> ConfigError:
-    return ConfigError(f"calculate_qparams should not be called for {type(observer).__name__}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -38,6 +39,17 @@ def lively(model: Module, seed: int = 0) -> Module:
                 assert module.running_var is not None
                 module.running_var.copy_(torch.rand(size, generator=generator) + 0.5)
     return model.eval()
+
+
+class Around(nn.Module):
+    """``function`` with an op before it and one behind it, which stay whatever becomes of it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.function(x * 2) + 1
 
 
 def context(*, strict: bool = False) -> PassContext:

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxquant.pass_manager import PassResult, fingerprint
 from fxquant.passes.functionalize import Functionalize
 from fxquant.passes.recognize_channel_shuffle import RecognizeChannelShuffle
-from tests.passes.helpers import captured, graph_text, node_named, run_alone
+from tests.passes.helpers import Around, captured, graph_text, node_named, run_alone
 
 Function = Callable[[Tensor], Any]
 
@@ -51,15 +51,6 @@ SPELLINGS: dict[str, Function] = {
         .reshape(x.size(0), x.size(1), x.size(2), x.size(3))
     ),
 }
-
-
-class Around(nn.Module):
-    def __init__(self, function: Function) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(x * 2) + 1
 
 
 @pytest.mark.parametrize("name", SPELLINGS)

@@ -16,22 +16,13 @@ from fxquant.models_zoo.torchvision_import import import_torchvision
 from fxquant.pass_manager import PassResult, fingerprint
 from fxquant.passes.functionalize import Functionalize
 from fxquant.passes.remove_identities import RemoveIdentities
-from tests.passes.helpers import captured, graph_text, run_alone
+from tests.passes.helpers import Around, captured, graph_text, run_alone
 
 Function = Callable[..., Any]
 
 
 def torchvision_is_there() -> bool:
     return importlib.util.find_spec("torchvision") is not None
-
-
-class Around(nn.Module):
-    def __init__(self, function: Function) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(x * 2) + 1
 
 
 IDENTITIES: dict[str, Function] = {
