@@ -255,6 +255,19 @@ def test_gelus() -> None:
     assert "gelu" in _left(_same(approximate, x))
 
 
+def test_a_gelu_of_channels_last_is_another_one() -> None:
+    class Images(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 64), nn.Linear(64, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x).unflatten(1, (4, 8)).permute(0, 3, 1, 2)
+            return self.b(F.gelu(y).permute(0, 2, 3, 1))
+
+    assert "gelu" in _left(_same(Images(), torch.randn(2, 32, 16)))
+
+
 def test_every_float_through_gelu() -> None:
     bits = torch.arange(0, 2**32, 997, dtype=torch.int64)
     x = bits.to(torch.int32).view(torch.float32)

@@ -807,6 +807,9 @@ def _float_map(name: str) -> Rule:
 def _gelu(t: Translation, node: fx.Node) -> Value | None:
     if node.kwargs.get("approximate", "none") != "none" or len(node.args) > 1:
         return None
+    meta = t.metas.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+    if meta is None or meta.stride != contiguous(meta.shape) or math.prod(meta.shape) < 2:
+        return None  # torch has another gelu for these
     value = t.floats(node.args[0])
     if value is None or not agrees_on_gelu():
         return None

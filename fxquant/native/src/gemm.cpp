@@ -27,6 +27,8 @@ struct Tile {
   int64_t out_pixel;    // in elements
   const uint8_t* other;
   int64_t other_pixel;
+  const char* ahead;    // the next block's weights, of which each tile fetches its part
+  int64_t ahead_step;   // bytes for each step of the sum
 };
 
 // The general epilogue, from sums in memory.
@@ -99,6 +101,8 @@ __attribute__((noinline)) void tile(const Tile& t) {
   unrolled<NV>(FXQ_EACH { acc[i] = _mm512_loadu_si512(r.correction + t.channel + 16 * i); });
   unrolled<MR * NV - NV>(FXQ_EACH { acc[NV + i] = acc[i % NV]; });
   const int8_t* weights = t.weights;
+  const char* ahead = t.ahead;
+  const int64_t ahead_step = t.ahead_step;
   const int groups = t.groups_of_4;
   for (int p = 0; p < t.positions; p++) {
     const uint8_t* rows[MR];
@@ -107,6 +111,8 @@ __attribute__((noinline)) void tile(const Tile& t) {
       __m512i w[NV];
       unrolled<NV>(FXQ_EACH { w[i] = _mm512_loadu_si512(weights + 64 * i); });
       weights += 64 * NV;
+      _mm_prefetch(ahead, _MM_HINT_T1);
+      ahead += ahead_step;
       unrolled<MR>([&](auto m) __attribute__((always_inline)) {
         int32_t four;
         memcpy(&four, rows[m] + 4 * k, 4);
@@ -218,13 +224,15 @@ void GemmConvolution::run_block(const Call& call, int64_t group, const ChannelBl
   const auto rows =
       static_cast<const uint8_t**>(alloca(sizeof(uint8_t*) * positions * rows_at_once));
   t.rows = rows;
-  // Each tile fetches its part of the next block's weights, which come from far away in large layers.
-  const int64_t size = int64_t{64} * block.vectors * positions * t.groups_of_4;
-  const int64_t ahead = std::min(size, weights_size - packed - size);
+  // Each tile fetches its part of the next block's weights, which come from far away in large layers,
+  // in small steps: many fetches at once would hold up the loads between them. Behind the last block
+  // lie, as a rule, the weights of the next layer.
+  const int64_t steps = int64_t{positions} * t.groups_of_4;
+  const int64_t size = int64_t{64} * block.vectors * steps;
   const int64_t tiles = (last - first + rows_at_once - 1) / rows_at_once;
-  const int64_t each = tiles < 4 ? 0 : round_up((ahead + tiles - 1) / tiles, 64);
-  const char* next = reinterpret_cast<const char*>(t.weights + size);
-  const char* const end = next + ahead;
+  const bool fetch = tiles >= 4;  // each weight is used often enough to hide the others' way
+  t.ahead = reinterpret_cast<const char*>(t.weights + (fetch ? size : 0));
+  t.ahead_step = fetch ? (64 * block.vectors + tiles - 1) / tiles : 0;
   Cursor at = cursor(first);
   for (int64_t m = first; m < last; m += rows_at_once) {
     const int count = static_cast<int>(std::min<int64_t>(rows_at_once, last - m));
@@ -233,11 +241,10 @@ void GemmConvolution::run_block(const Call& call, int64_t group, const ChannelBl
     } else {
       find_rows(input, at, count, rows);
     }
-    for (const char* stop = std::min(next + each, end); next < stop; next += 64)
-      _mm_prefetch(next, _MM_HINT_T1);
     t.out = output + m * out.pixel * element;
     t.other = addend == nullptr ? nullptr : addend + m * other.pixel;
     kTiles[block.vectors - 1][count - 1](t);
+    t.ahead += t.ahead_step * steps;
   }
 }
 

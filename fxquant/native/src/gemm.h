@@ -22,7 +22,6 @@ struct GemmConvolution : Step {
   bool whole_lines = false;  // a line of the window is one string of bytes, four a pixel
   Requantize requantize;
   const int8_t* weights = nullptr;  // [group][block][position][input channels / 4][16 * vectors][4]
-  int64_t weights_size = 0;         // bytes
   const uint8_t* padding_row = nullptr;
   std::vector<ChannelBlock> channels;
   std::vector<int64_t> packed_offset;              // of [group][block]

@@ -260,7 +260,7 @@ void fxq_add_convolution(Plan* plan, const ConvolutionArguments* arguments) {
       }
     }
   }
-  g.weights = packed, g.weights_size = size;
+  g.weights = packed;
   const int64_t padded = round_up(outputs, 16);
   std::vector<int64_t> channel_at(a.groups * padded, -1);
   for (int64_t o = 0; o < a.out.c; o++) channel_at[o / outputs * padded + o % outputs] = o;
