@@ -1,4 +1,4 @@
-"""What all tests share: the data folder, a line on what was skipped for want of it, a switch."""
+"""What all tests share: the data folder, what was skipped for want of it, packings, a switch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from fxquant import packing
 from fxquant.errors import DataNotFoundError
+from fxquant.graph_state import PackRecord
 from fxquant.models_zoo.data import DATA_VARIABLE, find_data_dir
 
 SKIP_REASON = f"needs the data folder; set {DATA_VARIABLE}"
@@ -49,6 +52,20 @@ def data_dir() -> Path:
         if os.environ.get(DATA_VARIABLE):
             pytest.fail(str(error))
         pytest.skip(SKIP_REASON)
+
+
+@pytest.fixture
+def packings(monkeypatch: pytest.MonkeyPatch) -> list[PackRecord]:
+    """The packed constants that are made, in order."""
+    found: list[PackRecord] = []
+    ordinary = packing.pack
+
+    def noting(root: nn.Module, record: PackRecord) -> object:
+        found.append(record)
+        return ordinary(root, record)
+
+    monkeypatch.setattr(packing, "pack", noting)
+    return found
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fxquant import artifact
 from fxquant.graph_module import QuantGraphModule
+from fxquant.graph_state import PackRecord
 from fxquant.own_copy import own_copy, take_apart
 from fxquant.quantize_fx import convert_fx, convert_to_reference_fx, fuse_fx, prepare_fx
 from fxquant.slices import all_finite, by_rows, quantize_rows, row_slices, scaled_rows
@@ -212,18 +213,9 @@ def test_a_loaded_state_is_packed_anew() -> None:
     assert torch.equal(int8(x), before)
 
 
-def test_threads_that_call_first_pack_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fxquant import packing
-
+def test_threads_that_call_first_pack_once(packings: list[PackRecord]) -> None:
     int8, x = _int8()
-    packed: list[str] = []
-    original = packing.pack
-
-    def counted(root: nn.Module, record: packing.PackRecord) -> object:
-        packed.append(record.name)
-        return original(root, record)
-
-    monkeypatch.setattr(packing, "pack", counted)
+    packings.clear()
     barrier = threading.Barrier(8)
     results: list[Tensor] = []
 
@@ -236,7 +228,7 @@ def test_threads_that_call_first_pack_once(monkeypatch: pytest.MonkeyPatch) -> N
         worker.start()
     for worker in workers:
         worker.join()
-    assert sorted(packed) == sorted(record.name for record in int8.state.packs)
+    assert sorted(p.name for p in packings) == sorted(record.name for record in int8.state.packs)
     assert len(results) == 8
     assert all(torch.equal(result, results[0]) for result in results)
 

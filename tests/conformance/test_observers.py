@@ -53,6 +53,16 @@ def first_of(side: Any) -> list[int]:
     return [first for _, _, first, _ in placement(side.prepared)]
 
 
+def check_all_in_int8(peers: Peers, prepared: Any, model: nn.Module) -> None:
+    """Converted, one pair of quantize and dequantize is left, and the result is near."""
+    run(prepared, (X,))
+    _, lowered = peers.convert(OURS, prepared)
+    assert steps(lowered) == (1, 0, 1)
+    with torch.no_grad():
+        expected = model(X)
+    assert float((run(lowered, (X,)) - expected).norm() / expected.norm()) < 0.05
+
+
 def places(*quick: str) -> list[Any]:
     """Where an op stands; all but the quick ones only where slow tests run."""
     everywhere_else = [
@@ -414,12 +424,7 @@ def test_static_behind_dynamic(peers: Peers) -> None:
         "MinMaxObserver",
         "MinMaxObserver",
     ]
-    run(ours, (X,))
-    _, lowered = peers.convert(OURS, ours)
-    assert steps(lowered) == (1, 0, 1)
-    with torch.no_grad():
-        expected = model(X)
-    assert float((run(lowered, (X,)) - expected).norm() / expected.norm()) < 0.05
+    check_all_in_int8(peers, ours, model)
 
 
 @pytest.mark.statement("S5.6a")
@@ -714,12 +719,7 @@ def test_a_convolution_behind_a_reshape_of_the_input(peers: Peers) -> None:
     theirs, _ = peers.prepare(THEIRS, model, (X,))
     ours, _ = peers.prepare(OURS, model, (X,))
     assert (len(placement(theirs)), len(placement(ours))) == (1, 2)
-    run(ours, (X,))
-    _, lowered = peers.convert(OURS, ours)
-    assert steps(lowered) == (1, 0, 1)
-    with torch.no_grad():
-        expected = model(X)
-    assert float((run(lowered, (X,)) - expected).norm() / expected.norm()) < 0.05
+    check_all_in_int8(peers, ours, model)
 
 
 @pytest.mark.statement("S5.15a")

@@ -15,10 +15,9 @@ from torch import fx, nn
 from fxquant.errors import ConfigWarning
 from fxquant.graph_module import QuantGraphModule
 from fxquant.metadata import record_of
-from fxquant.observers import MinMaxObserver, PerChannelMinMaxObserver
 from fxquant.parity import ParityReport, parity
-from fxquant.qconfig import QConfig
 from fxquant.quantize_fx import convert_fx, convert_to_reference_fx, prepare_fx
+from tests.lowering.qconfigs import PER_CHANNEL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,20 +62,11 @@ class Lowered:
         return report
 
 
-MIN_MAX = QConfig(
-    activation=MinMaxObserver.with_args(dtype=torch.quint8),
-    weight=PerChannelMinMaxObserver.with_args(
-        dtype=torch.qint8, qscheme=torch.per_channel_symmetric
-    ),
-)
-"""Quick to compute; inputs larger than the calibration's make kernels saturate."""
-
-
 def _lower(
     model: nn.Module, *inputs: Any, mapping: Any = None, calibration: list[Any] | None = None
 ) -> Lowered:
     model.eval()
-    mapping = {"": MIN_MAX} if mapping is None else mapping
+    mapping = {"": PER_CHANNEL} if mapping is None else mapping
     before = copy.deepcopy(model)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")

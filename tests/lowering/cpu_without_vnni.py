@@ -24,23 +24,12 @@ from fxquant.explain import explain
 from fxquant.graph_codec import decode_graph
 from fxquant.graph_module import QuantGraphModule, Stage
 from fxquant.metadata import record_of
-from fxquant.observers import MinMaxObserver, PerChannelMinMaxObserver
 from fxquant.parity import ParityReport, parity
 from fxquant.qconfig import QConfig
 from fxquant.quantize_fx import convert_fx, convert_to_reference_fx, prepare_fx
 from fxquant.targets import registry
 from fxquant.targets.x86 import X86
-
-PER_CHANNEL = QConfig(
-    activation=MinMaxObserver.with_args(dtype=torch.quint8),
-    weight=PerChannelMinMaxObserver.with_args(
-        dtype=torch.qint8, qscheme=torch.per_channel_symmetric
-    ),
-)
-PER_TENSOR = QConfig(
-    activation=PER_CHANNEL.activation,
-    weight=MinMaxObserver.with_args(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric),
-)
+from tests.lowering.qconfigs import PER_CHANNEL, PER_TENSOR
 
 
 class Between(nn.Module):

@@ -17,20 +17,12 @@ from torch import Tensor, nn
 from fxquant.errors import CalibrationWarning, ConfigWarning, LoweringWarning
 from fxquant.explain import explain
 from fxquant.graph_module import QuantGraphModule
-from fxquant.observers import MinMaxObserver, PerChannelMinMaxObserver
 from fxquant.op_rows import Runs
 from fxquant.optimize import optimize
 from fxquant.parity import parity
-from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import get_default_qconfig_mapping
 from fxquant.quantize_fx import convert_fx, convert_to_reference_fx, prepare_fx
-
-_QUICK = QConfig(
-    activation=MinMaxObserver.with_args(dtype=torch.quint8),
-    weight=PerChannelMinMaxObserver.with_args(
-        dtype=torch.qint8, qscheme=torch.per_channel_symmetric
-    ),
-)
+from tests.lowering.qconfigs import PER_CHANNEL
 
 Step = tuple[str, int, int, int]
 """Operation, two operands (counted back from the last value), and a variant."""
@@ -219,7 +211,7 @@ def _check(steps: list[Step], outputs: list[int], head: bool, seed: int, default
     model = Random(steps, outputs, head).eval()
     note(f"{steps=} {outputs=} {head=} {seed=} {default=}")
     x, larger = torch.randn(2, 3, 6, 8), 3 * torch.randn(3, 3, 8, 4)
-    mapping = get_default_qconfig_mapping() if default else {"": _QUICK}
+    mapping = get_default_qconfig_mapping() if default else {"": PER_CHANNEL}
     kept = copy.deepcopy(model.state_dict())
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*because of their dtype", ConfigWarning)  # told so

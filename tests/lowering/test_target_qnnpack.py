@@ -20,7 +20,6 @@ from fxquant.engines import available, engine
 from fxquant.errors import ConfigError, Diagnostics, LoweringWarning, StrictModeError
 from fxquant.graph_module import QuantGraphModule, Stage
 from fxquant.metadata import record_of
-from fxquant.observers import MinMaxObserver, PerChannelMinMaxObserver
 from fxquant.parity import parity
 from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import get_default_qconfig_mapping
@@ -29,19 +28,9 @@ from fxquant.targets import registry
 from fxquant.targets.qnnpack import QNNPACK
 from fxquant.targets.registry import TARGETS, missing_kernels, target_here, target_named
 from fxquant.targets.table import Role
+from tests.lowering.qconfigs import PER_CHANNEL, PER_TENSOR
 
 needs_qnnpack = pytest.mark.skipif(not available("qnnpack"), reason="torch without QNNPACK")
-
-PER_CHANNEL = QConfig(
-    activation=MinMaxObserver.with_args(dtype=torch.quint8),
-    weight=PerChannelMinMaxObserver.with_args(
-        dtype=torch.qint8, qscheme=torch.per_channel_symmetric
-    ),
-)
-PER_TENSOR = QConfig(
-    activation=PER_CHANNEL.activation,
-    weight=MinMaxObserver.with_args(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric),
-)
 
 
 class Image(nn.Module):
