@@ -179,13 +179,15 @@ def test_convolutions(case: tuple[int, ...]) -> None:
 )
 @pytest.mark.parametrize("groups", [1, 24])
 @pytest.mark.parametrize("last", [True, False])
-def test_activations(activation: nn.Module, groups: int, last: bool) -> None:
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 300.0])
+def test_activations(activation: nn.Module, groups: int, last: bool, spread: float) -> None:
     layers = [nn.Conv2d(3, 24, 1), nn.Conv2d(24, 24, 3, padding=1, groups=groups), activation]
     model = nn.Sequential(*layers, *([] if last else [nn.Conv2d(24, 8, 1)]))
-    int8, x = _int8(model, 3, 14, 15), torch.randn(2, 3, 14, 15)
+    int8, x = _int8(model, 3, 14, 15, spread=spread), torch.randn(2, 3, 14, 15) * spread
     optimized = optimize(int8)
     for _ in range(2):
         assert torch.equal(optimized(x), int8(x))
+        x = x * 10  # what lies beyond saturates
 
 
 @needs_native

@@ -9,6 +9,16 @@ FXQ_INLINE __m512 from_bits(uint32_t bits) {
   return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(bits)));
 }
 
+// e^x of oneDNN for x between -ln(2) / 2 and ln(2) / 2.
+FXQ_INLINE __m512 exp_of_rest(__m512 rest) {
+  __m512 sum = from_bits(0x3c07cfce);
+  sum = _mm512_fmadd_ps(sum, rest, from_bits(0x3d2b9d0d));
+  sum = _mm512_fmadd_ps(sum, rest, from_bits(0x3e2aad40));
+  sum = _mm512_fmadd_ps(sum, rest, from_bits(0x3efffee3));
+  sum = _mm512_fmadd_ps(sum, rest, from_bits(0x3f7ffffb));
+  return _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1.0f));
+}
+
 // e^x of oneDNN's elementwise kernels (oneDNN 3, f32 on AVX512), which torch's attention has, too.
 FXQ_INLINE __m512 onednn_exp(__m512 x) {
   const __m512 lowest = from_bits(0xc2aeac50), highest = from_bits(0x42b17218);
@@ -22,13 +32,8 @@ FXQ_INLINE __m512 onednn_exp(__m512 x) {
   __m512i power = _mm512_cvtps_epi32(_mm512_sub_ps(whole, one));
   power = _mm512_slli_epi32(_mm512_add_epi32(power, _mm512_set1_epi32(127)), 23);
   power = _mm512_mask_mov_epi32(power, tiny, _mm512_setzero_si512());
-  __m512 sum = from_bits(0x3c07cfce);
-  sum = _mm512_fmadd_ps(sum, rest, from_bits(0x3d2b9d0d));
-  sum = _mm512_fmadd_ps(sum, rest, from_bits(0x3e2aad40));
-  sum = _mm512_fmadd_ps(sum, rest, from_bits(0x3efffee3));
-  sum = _mm512_fmadd_ps(sum, rest, from_bits(0x3f7ffffb));
-  sum = _mm512_fmadd_ps(sum, rest, one);
-  return _mm512_mul_ps(_mm512_mul_ps(sum, _mm512_castsi512_ps(power)), _mm512_set1_ps(2.0f));
+  const __m512 half = _mm512_mul_ps(exp_of_rest(rest), _mm512_castsi512_ps(power));
+  return _mm512_mul_ps(half, _mm512_set1_ps(2.0f));
 }
 
 // 1 / (1 + e^-x), by the symmetry that oneDNN uses.
@@ -38,6 +43,20 @@ FXQ_INLINE __m512 onednn_logistic(__m512 x) {
   const __m512 e = onednn_exp(_mm512_or_ps(x, sign));
   const __m512 low = _mm512_div_ps(e, _mm512_add_ps(e, one));
   return _mm512_mask_mov_ps(_mm512_sub_ps(one, low), negative, low);
+}
+
+// x / (1 + e^-x) of oneDNN, for results that become bytes: where e^-|x| is too small for a normal
+// number it is 2^-126 here, which no sum of a byte's size can show.
+FXQ_INLINE __m512 onednn_silu_for_bytes(__m512 x) {
+  const __m512 sign = _mm512_set1_ps(-0.0f), one = _mm512_set1_ps(1.0f);
+  const __m512 down = _mm512_max_ps(_mm512_or_ps(x, sign), from_bits(0xc2aeac50));
+  const __m512 scaled = _mm512_fmadd_ps(down, from_bits(0x3fb8aa3b), _mm512_set1_ps(0.5f));
+  const __m512 whole = _mm512_roundscale_ps(scaled, _MM_FROUND_FLOOR);
+  const __m512 rest = _mm512_fnmadd_ps(whole, from_bits(0x3f317218), down);
+  const __m512 e = _mm512_scalef_ps(exp_of_rest(rest), whole);
+  const __m512 low = _mm512_div_ps(e, _mm512_add_ps(e, one));
+  const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(x));
+  return _mm512_mul_ps(_mm512_mask_mov_ps(_mm512_sub_ps(one, low), negative, low), x);
 }
 
 // Polynomials for erf(x / sqrt(2)) of oneDNN 3: [degree][interval], four intervals an octave.

@@ -31,32 +31,44 @@ struct Tile {
   int64_t ahead_step;   // bytes for each step of the sum
 };
 
+// Up to four vectors of integers, NV of them used, as bytes in a row.
+template <int NV>
+FXQ_INLINE void store_row(uint8_t* to, __m512i (&q)[4], __m512i low, int count) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  unrolled<4 - NV>(FXQ_EACH { q[NV + i] = q[0]; });
+  const __m512i bytes =
+      _mm512_packus_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
+  store_bytes(to, _mm512_max_epu8(_mm512_permutexvar_epi32(order, bytes), low), count);
+}
+
 // The general epilogue, from sums in memory.
-template <Activation kActivation>
-void finish_with(const Tile& t, const int32_t* sums, int rows, int vectors) {
+template <Activation kActivation, int NV>
+void finish_with(const Tile& t, const int32_t* sums, int rows) {
   const Requantize r = *t.requantize;  // a copy, which no store can change
-  for (int v = 0; v < vectors; v++) {
-    const int count = v == vectors - 1 ? t.last_count : 16;
-    const __m512 scale = _mm512_loadu_ps(r.scale + t.channel + 16 * v);
-    const __m512 bias = _mm512_loadu_ps(r.bias + t.channel + 16 * v);
-    for (int m = 0; m < rows; m++) {
-      const __m512i sum = _mm512_loadu_si512(sums + 16 * (m * vectors + v));
-      const uint8_t* other =
-          t.other == nullptr ? nullptr : t.other + m * t.other_pixel + 16 * v;
-      const __m512 y = in_float<kActivation>(sum, scale, bias, r, other, mask16(count));
-      const int64_t at = m * t.out_pixel + 16 * v;
+  for (int m = 0; m < rows; m++) {
+    __m512i q[4];
+    unrolled<NV>(FXQ_EACH {
+      const int count = i == NV - 1 ? t.last_count : 16;
+      const uint8_t* other = t.other == nullptr ? nullptr : t.other + m * t.other_pixel + 16 * i;
+      const __m512 y = in_float<kActivation>(_mm512_load_si512(sums + 16 * (m * NV + i)),
+                                             _mm512_loadu_ps(r.scale + t.channel + 16 * i),
+                                             _mm512_loadu_ps(r.bias + t.channel + 16 * i), r,
+                                             other, mask16(count));
       if (r.to_float) {
-        store_16(reinterpret_cast<float*>(t.out) + at, y, count);
+        store_16(reinterpret_cast<float*>(t.out) + m * t.out_pixel + 16 * i, y, count);
       } else {
-        store_16(t.out + at, in_integers(y, r), count);
+        q[i] = in_integers(y, r);
       }
-    }
+    });
+    if (!r.to_float)
+      store_row<NV>(t.out + m * t.out_pixel, q, _mm512_setzero_si512(), 16 * (NV - 1) + t.last_count);
   }
 }
 
-__attribute__((noinline)) void finish(const Tile& t, const int32_t* sums, int rows, int vectors) {
+template <int NV>
+__attribute__((noinline)) void finish(const Tile& t, const int32_t* sums, int rows) {
   with_activation_of(*t.requantize,
-                     [&](auto a) { finish_with<decltype(a)::value>(t, sums, rows, vectors); });
+                     [&](auto a) { finish_with<decltype(a)::value, NV>(t, sums, rows); });
 }
 
 // The usual epilogue: oneDNN's order of operations, bytes, and nothing that leaves int32.
@@ -70,7 +82,6 @@ FXQ_INLINE void store_rows(const Tile& t, const __m512i (&acc)[MR * NV]) {
   const float* scale = r.scale + t.channel;
   const float* bias = r.bias + t.channel;
   const __m512i low = _mm512_set1_epi8(static_cast<char>(static_cast<int>(r.low)));
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const int count = 16 * (NV - 1) + t.last_count;
   const __mmask16 last = mask16(t.last_count);
   unrolled<MR>([&](auto m) __attribute__((always_inline)) {
@@ -86,11 +97,7 @@ FXQ_INLINE void store_rows(const Tile& t, const __m512i (&acc)[MR * NV]) {
       }
       q[i] = _mm512_cvtps_epi32(_mm512_add_ps(_mm512_mul_ps(y, inverse), zero_point));
     });
-    unrolled<4 - NV>(FXQ_EACH { q[NV + i] = q[0]; });
-    const __m512i bytes =
-        _mm512_packus_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
-    store_bytes(t.out + m * t.out_pixel,
-                _mm512_max_epu8(_mm512_permutexvar_epi32(order, bytes), low), count);
+    store_row<NV>(t.out + m * t.out_pixel, q, low, count);
   });
 }
 
@@ -136,7 +143,7 @@ __attribute__((noinline)) void tile(const Tile& t) {
   } else if (!r.bounded || r.fbgemm || r.to_float || r.activation != Activation::none) {
     alignas(64) int32_t sums[MR * NV * 16];
     unrolled<MR * NV>(FXQ_EACH { _mm512_store_si512(sums + 16 * i, acc[i]); });
-    finish(t, sums, MR, NV);
+    finish<NV>(t, sums, MR);
   } else if (t.other == nullptr) {
     store_rows<MR, NV, false>(t, acc);
   } else {

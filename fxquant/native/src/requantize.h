@@ -5,7 +5,8 @@
 
 namespace fxq {
 
-enum class Activation : int32_t { none, relu, hardswish, silu, clamp, gelu };
+// `silu_for_bytes` stands for `silu` where the result becomes bytes; nobody asks for it by number.
+enum class Activation : int32_t { none, relu, hardswish, silu, clamp, gelu, silu_for_bytes };
 
 // What a tensor is quantized with, found when a call sees it.
 struct Parameters {
@@ -45,6 +46,8 @@ FXQ_INLINE __m512 activate(__m512 y, const Requantize& r) {
     return _mm512_mul_ps(y, _mm512_min_ps(_mm512_max_ps(gate, zero), _mm512_set1_ps(1.0f)));
   } else if constexpr (kActivation == Activation::silu) {
     return _mm512_mul_ps(onednn_logistic(y), y);
+  } else if constexpr (kActivation == Activation::silu_for_bytes) {
+    return onednn_silu_for_bytes(y);
   } else if constexpr (kActivation == Activation::gelu) {
     return onednn_gelu(y);
   } else {
@@ -63,6 +66,9 @@ FXQ_INLINE void with_activation_of(const Requantize& r, const F& f) {
     case Activation::hardswish:
       return f(std::integral_constant<Activation, Activation::hardswish>{});
     case Activation::silu:
+    case Activation::silu_for_bytes:
+      if (r.bounded && !r.to_float)
+        return f(std::integral_constant<Activation, Activation::silu_for_bytes>{});
       return f(std::integral_constant<Activation, Activation::silu>{});
     case Activation::clamp:
       return f(std::integral_constant<Activation, Activation::clamp>{});
