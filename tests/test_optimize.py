@@ -172,6 +172,31 @@ def test_convolutions(case: tuple[int, ...]) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "window", [(3, 2, 1), (5, 1, 2), (7, 2, 3), (7, 1, 0), (11, 4, 2)], ids=str
+)
+def test_first_layers(channels: int, window: tuple[int, int, int]) -> None:
+    """Strings of pixels, of three or four bytes each, and images of odd widths."""
+    first = nn.Conv2d(channels, 20, *window)
+    _assert_same(nn.Sequential(first, nn.ReLU(), nn.Conv2d(20, 8, 1)), channels, 23, 37)
+
+
+@needs_native
+def test_windows_that_disagree_about_an_image() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.narrow = nn.Conv2d(3, 16, 7, 2, 3), nn.Conv2d(3, 16, 3, 2, 1)
+            self.last = nn.Conv2d(16, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.wide(x) + self.narrow(x))
+
+    _assert_same(Two(), 3, 23, 37)
+
+
+@needs_native
 @pytest.mark.parametrize(
     "activation",
     [nn.ReLU(), nn.ReLU6(), nn.Hardswish(), nn.SiLU(), nn.Hardtanh(-0.5, 1.5)],

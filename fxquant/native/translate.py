@@ -326,12 +326,9 @@ def _quantize(t: Translation, node: fx.Node) -> Value | None:
     else:
         return None
     _, _, w, c = value.sizes
-    # Images with few channels get four bytes a pixel, so that kernels load them at once.
     few = len(value.shape) == 4 and c < 4 and stride_w == 1 and w > 1
-    margin = _margin(t, node) if few else 0
-    out = t.builder.value(
-        value.shape, torch.uint8, pixel=4 if few else None, margin=margin, **numbers
-    )
+    pixel, margin = _image_layout(t, node, c) if few else (None, 0)
+    out = t.builder.value(value.shape, torch.uint8, pixel=pixel, margin=margin, **numbers)
     return t.builder.add(
         "quantize", {"a": value}, out,
         stride_n=stride_n, stride_c=stride_c, stride_h=stride_h, stride_w=stride_w,
@@ -339,23 +336,46 @@ def _quantize(t: Translation, node: fx.Node) -> Value | None:
     )  # fmt: skip
 
 
-def _margin(t: Translation, node: fx.Node) -> int:
-    """The padding at the sides that the convolutions of an image agree on; else 0.
+def _image_layout(t: Translation, node: fx.Node, channels: int) -> tuple[int, int]:
+    """Bytes of a pixel and padding at the sides, of an image with few channels.
 
-    With it in memory, the pixels of a line of a window are one string of bytes.
+    Four bytes can be loaded at once. With padding in memory that all its convolutions agree on, the
+    pixels of a line of a window are one string of bytes, which three bytes a pixel may shorten.
     """
-    paddings: set[int] = set()
+    windows = _windows(t, node)
+    paddings = {padding for _, padding in windows}
+    if len(paddings) != 1:
+        return 4, 0
+    shorter = channels == 3 and all(-(-3 * width // 4) < width for width, _ in windows)
+    return 3 if shorter else 4, paddings.pop()
+
+
+def _windows(t: Translation, node: fx.Node) -> set[tuple[int, int]]:
+    """Width and padding of the windows that look at an image; empty where something else does."""
+    found: set[tuple[int, int]] = set()
     for user in node.users:
         if user.target is kernels.as_bytes:
-            paddings.add(_margin(t, user))
+            one = _windows(t, user)
         elif user.target in (_Q.conv2d.new, _Q.conv2d_relu.new):
-            _, options = t.packed_tensors(user.args[1], "conv")
-            paddings.add(int(options[2][1]) if options[0] == 2 and options[4] == 1 else 0)
-        elif user.target is _O.qconv_pointwise.default and user.args[10] == 1:
-            paddings.add(int(user.args[8][1]))  # type: ignore[index, arg-type]  # a list of two
+            tensors, options = t.packed_tensors(user.args[1], "conv")
+            one = _window_of(tensors[0], *options[2:5]) if options[0] == 2 else set()
+        elif user.target is _O.qconv_pointwise.default:
+            (weight, *_), _ = t.packed_tensors(user.args[3], "onednn-conv")
+            one = _window_of(weight, *user.args[8:11])
         else:
-            return 0
-    return paddings.pop() if len(paddings) == 1 else 0
+            one = set()
+        if not one:
+            return set()
+        found |= one
+    return found
+
+
+def _window_of(
+    weight: Tensor | None, padding: Any, dilation: Any, groups: Any
+) -> set[tuple[int, int]]:
+    if weight is None or groups != 1 or dilation[1] != 1:
+        return set()
+    return {(weight.shape[3], int(padding[1]))}
 
 
 def _dequantize(t: Translation, node: fx.Node) -> Value | None:

@@ -216,8 +216,7 @@ void GemmConvolution::run_block(const Call& call, int64_t group, const ChannelBl
   }
   Tile t;
   t.positions = positions;
-  t.groups_of_4 = static_cast<int>(round_up(in.c / groups, 4) / 4);
-  if (whole_lines) t.groups_of_4 = kernel_w;
+  t.groups_of_4 = groups_of_4;
   t.weights = weights + packed;
   t.requantize = &r;
   t.channel = static_cast<int>(constants) + block.channel;

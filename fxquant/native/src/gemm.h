@@ -19,9 +19,10 @@ struct GemmConvolution : Step {
   bool has_other = false;
   int groups = 1, kernel_h = 1, kernel_w = 1;
   bool pointwise = false;    // one position, stride 1, no padding
-  bool whole_lines = false;  // a line of the window is one string of bytes, four a pixel
+  bool whole_lines = false;  // a line of the window is one string of bytes
+  int groups_of_4 = 0;       // bytes of a position, or of such a string, by four
   Requantize requantize;
-  const int8_t* weights = nullptr;  // [group][block][position][input channels / 4][16 * vectors][4]
+  const int8_t* weights = nullptr;  // [group][block][position or line][groups_of_4][16 * vectors][4]
   const uint8_t* padding_row = nullptr;
   std::vector<ChannelBlock> channels;
   std::vector<int64_t> packed_offset;              // of [group][block]

@@ -231,16 +231,22 @@ void fxq_add_convolution(Plan* plan, const ConvolutionArguments* arguments) {
   g.groups = a.groups, g.kernel_h = a.kernel_h, g.kernel_w = a.kernel_w;
   g.pointwise = a.kernel_h * a.kernel_w == 1 && a.stride_h == 1 && a.stride_w == 1 &&
                 a.padding_h == 0 && a.padding_w == 0;
-  g.whole_lines = a.in.pixel == 4 && a.in.c <= 4 && a.groups == 1 && a.padding_w == 0 &&
-                  a.dilation_w == 1 && a.kernel_w <= 16;
+  g.whole_lines = (a.in.pixel == 4 || a.in.pixel == a.in.c) && a.in.c <= 4 && a.groups == 1 &&
+                  a.padding_w == 0 && a.dilation_w == 1 && a.kernel_w <= 16;
   const int64_t inputs = a.in.c / a.groups, outputs = a.out.c / a.groups;
-  const int64_t fours = round_up(inputs, 4) / 4, window = int64_t{a.kernel_h} * a.kernel_w;
+  const int64_t window = int64_t{a.kernel_h} * a.kernel_w;
+  // Where the weights of a position lie: behind those of others in a string, or in one of their own.
+  const int64_t positions = g.whole_lines ? a.kernel_h : window;
+  const int64_t pixel = g.whole_lines ? a.in.pixel : 0;
+  const int64_t fours =
+      round_up(g.whole_lines ? a.kernel_w * a.in.pixel : inputs, 4) / 4;
+  g.groups_of_4 = static_cast<int>(fours);
   g.channels = channel_blocks(outputs);
   int64_t size = 0;
   for (int64_t group = 0; group < a.groups; group++) {
     for (const ChannelBlock& block : g.channels) {
       g.packed_offset.push_back(size);
-      size += window * fours * 64 * block.vectors;
+      size += positions * fours * 64 * block.vectors;
     }
   }
   auto* packed = plan->keep<int8_t>(size);
@@ -249,12 +255,13 @@ void fxq_add_convolution(Plan* plan, const ConvolutionArguments* arguments) {
       const ChannelBlock& block = g.channels[b];
       int8_t* to = packed + g.packed_offset[group * g.channels.size() + b];
       for (int64_t p = 0; p < window; p++) {
-        for (int64_t k = 0; k < 4 * fours; k++) {
-          for (int64_t o = 0; o < 16 * block.vectors; o++) {
-            const int64_t channel = block.channel + o;
-            if (k >= inputs || channel >= outputs) continue;
-            to[((p * fours + k / 4) * 16 * block.vectors + o) * 4 + k % 4] =
-                a.weight[((group * outputs + channel) * inputs + k) * window + p];
+        const int64_t string = g.whole_lines ? p / a.kernel_w : p;
+        for (int64_t i = 0; i < inputs; i++) {
+          const int64_t k = p % a.kernel_w * pixel + i;  // in the string
+          for (int64_t o = 0; o < 16 * block.vectors && block.channel + o < outputs; o++) {
+            const int64_t channel = group * outputs + block.channel + o;
+            to[((string * fours + k / 4) * 16 * block.vectors + o) * 4 + k % 4] =
+                a.weight[(channel * inputs + i) * window + p];
           }
         }
       }
