@@ -150,7 +150,7 @@ _CONVOLUTIONS = [
     *((16, 24, *ksp, 1, 1) for ksp in ((2, 2, 0), (3, 1, 1), (3, 2, 1), (5, 2, 2), (7, 1, 0))),
     (16, 24, 3, 1, 2, 2, 1),
     (16, 24, (3, 1), 1, (1, 0), 1, 1),
-    (32, 32, 3, 1, 1, 1, 4),
+    (64, 64, 3, 1, 1, 1, 4),
     (24, 48, 3, 2, 1, 1, 3),
     *((c, c, 3, s, 1, 1, c) for c, s in itertools.product((8, 24, 64, 72, 144), (1, 2))),
     *((32, 32, k, s, k // 2, 1, 32) for k, s in itertools.product((2, 4, 5, 6, 7, 8), (1, 2, 3))),
@@ -419,6 +419,128 @@ def test_several_inputs_keywords_and_outputs() -> None:
         assert all(torch.equal(found[k], v) for k, v in int8(x, y).items())
     with pytest.raises(TypeError, match="missing"):
         optimized(x)
+
+
+class _SliceOfFloats(nn.Module):
+    """Half of the channels of floats that are bytes until somebody asks for them."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 4, 1)
+        self.function = function
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.first(x)
+        _, b = y.chunk(2, 1)
+        return torch.sin(self.function(b)), y, self.last(y)
+
+
+class _Glu(nn.Module):
+    def __init__(self, gate: Callable[[Tensor], Tensor], channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 2 * channels, 3, padding=1)
+        self.last, self.gate = nn.Conv2d(channels, 4, 1), gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.first(x).chunk(2, 1)
+        return self.last(a * self.gate(b))
+
+
+@needs_native
+@pytest.mark.parametrize("function", [F.hardsigmoid, torch.sigmoid, F.relu, torch.exp])
+def test_slices_of_floats(function: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    for model in (_SliceOfFloats(function), _Glu(function, 16), _Glu(function, 7)):
+        int8 = _int8(model, 3, 8, 8)
+        optimized = optimize(int8, (torch.zeros(2, 3, 8, 8),))
+        for _ in range(2):
+            expected, found = int8(x), optimized(x)
+            pairs = (
+                zip(expected, found, strict=True)
+                if isinstance(expected, tuple)
+                else ((expected, found),)
+            )
+            assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@needs_native
+@pytest.mark.parametrize("channels", [1, 5, 16, 17, 33, 71, 100])
+@pytest.mark.parametrize(
+    "pool",
+    [nn.AvgPool2d(2), nn.AvgPool2d(3, 1, 1), nn.AvgPool2d((2, 3), 1), nn.AvgPool2d(5, 2, 2, count_include_pad=False),
+     nn.AvgPool2d(7), nn.AvgPool2d(2, divisor_override=3)],
+    ids=str,
+)  # fmt: skip
+def test_average_pools_of_every_integer(channels: int, pool: nn.Module) -> None:
+    """Many sums lie between two integers; how they are rounded depends on the channel."""
+    model = nn.Sequential(nn.Conv2d(3, channels, 1), pool, nn.Conv2d(channels, 4, 1))
+    int8 = _int8(model, 3, 16, 16)
+    optimized = optimize(int8, (torch.zeros(2, 3, 16, 16),))
+    for _ in range(5):
+        x = torch.randn(2, 3, 16, 16)
+        assert torch.equal(optimized(x), int8(x))
+    (program,) = optimized.plans()
+    assert "average_pool" in [s.kind for s in program.plan.steps]
+
+
+@needs_native
+@pytest.mark.parametrize("channels", [1, 3, 4, 5, 7, 16, 33, 100])
+@pytest.mark.parametrize("size", [(7, 9), (30, 31), (1, 1)])
+@pytest.mark.parametrize("pooled", [True, False])
+def test_means_over_pixels(channels: int, size: tuple[int, int], pooled: bool) -> None:
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, channels, 1), nn.Linear(channels, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.first(x))
+            return self.last(F.adaptive_avg_pool2d(x, 1).flatten(1) if pooled else x.mean([2, 3]))
+
+    int8 = _int8(Mean(), 3, *size)
+    optimized = optimize(int8, (torch.zeros(2, 3, *size),))
+    for _ in range(3):
+        x = torch.randn(2, 3, *size)
+        assert torch.equal(optimized(x), int8(x))
+
+
+@needs_native
+def test_a_mean_over_channels_is_no_mean_over_pixels() -> None:
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.first(x)).mean(1, keepdim=True)
+
+    int8 = _int8(Mean(), 3, 1, 1)
+    optimized = optimize(int8, (torch.zeros(2, 3, 1, 1),))
+    for _ in range(3):
+        x = torch.randn(2, 3, 1, 1)
+        assert torch.equal(optimized(x), int8(x))
+
+
+@needs_native
+def test_large_sigmoids_at_any_number_of_threads() -> None:
+    model = nn.Sequential(nn.Linear(64, 95), nn.Sigmoid(), nn.Linear(95, 8))
+    int8, x = fxquant.quantize_dynamic(model.eval()), torch.randn(1001, 64)
+    optimized, before = optimize(int8, (x,)), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            assert torch.equal(optimized(x), int8(x))
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_native
+def test_a_window_that_is_too_large_stays_with_torch() -> None:
+    int8, x = _int8(nn.Conv2d(3, 4, (60, 60)), 3, 64, 64), torch.randn(1, 3, 64, 64)
+    optimized = optimize(int8, (x,))
+    assert torch.equal(optimized(x), int8(x))
+    (program,) = optimized.plans()
+    assert "convolution" not in [s.kind for s in program.plan.steps]
 
 
 @needs_native

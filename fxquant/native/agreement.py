@@ -36,6 +36,21 @@ def agrees_on_gelu() -> bool:
 
 
 @functools.cache
+def agrees_on_mean(shape: tuple[int, int, int, int], pooled: bool) -> bool:
+    """Whether the mean over the pixels of images, channels last, is what the kernel computes.
+
+    Args:
+        shape: ``[N, C, H, W]``.
+        pooled: whether by ``F.adaptive_avg_pool2d``, and not by ``torch.mean``.
+    """
+    x = _random(*shape).to(memory_format=torch.channels_last)
+    builder, values, out = _one_step([x], shape[:2])
+    builder.add("global_mean", {"a": values[0]}, out)
+    expected = F.adaptive_avg_pool2d(x, 1).flatten(1) if pooled else x.mean((2, 3))
+    return torch.equal(_run(builder, [x], shape[:2]), expected)
+
+
+@functools.cache
 def agrees_on_layer_norm(width: int) -> bool:
     """Whether ``F.layer_norm`` of rows of ``width`` elements is what the kernel computes."""
     if width % 8:

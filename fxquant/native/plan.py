@@ -175,9 +175,12 @@ class PlanBuilder:
     def hand_over(self, value: Value) -> bool:
         """Let the last step write ``value`` where the caller can have it, if that is all it is.
 
-        Floats only: kernels that read bytes read a little further than they use.
+        Floats only: kernels that read bytes read a little further than they use. Nothing else may
+        have touched its memory: the caller brings it just in front of that step.
         """
         if not self.steps or self.steps[-1].out is not value or value.buffer.slot:
+            return False
+        if any(step.out.buffer is value.buffer for step in self.steps[:-1]):
             return False
         if value.dtype != torch.float32 or value.offset or value.pixel != value.sizes[3]:
             return False

@@ -24,6 +24,7 @@ from fxquant.native.agreement import (
     agrees_on_attention,
     agrees_on_gelu,
     agrees_on_layer_norm,
+    agrees_on_mean,
 )
 from fxquant.native.library import exponential
 from fxquant.native.plan import PlanBuilder, Value
@@ -31,6 +32,12 @@ from fxquant.op_view import attribute
 
 _ACTIVATIONS: Final = {"none": 0, "relu": 1, "hardswish": 2, "swish": 3, "hardtanh": 4, "gelu": 5}
 _FLOAT_FUNCTIONS: Final = {"relu": 0, "hardsigmoid": 1, "sigmoid": 2, "add": 3, "gelu": 4}
+_GRAIN: Final = 32768
+"""Elements that torch does not split between threads."""
+_GROUP_LIMIT: Final = 16
+"""Outputs of a group, below which torch's kernels are faster: a vector would be partly empty."""
+_WINDOW_LIMIT: Final = 1024
+"""Positions of a window; a pointer each is on the stack for every row of a tile."""
 _DEPTHWISE_LIMIT: Final = (16, 8)
 """Largest window of the depthwise kernel."""
 
@@ -297,7 +304,11 @@ def _chunk(t: Translation, node: fx.Node) -> Value | None:
         first = sum(sizes[:index])  # type: ignore[index, arg-type]  # an argument of fx
     if index < 0 or first + meta.shape[1] > value.shape[1]:
         return None
-    return _slice(t, value, first, meta.shape[1])
+    if value.bytes_of is None:
+        return _slice(t, value, first, meta.shape[1])
+    part = t.builder.value(meta.shape, torch.float32)
+    part.bytes_of = _slice(t, value.bytes_of, first, meta.shape[1])
+    return part
 
 
 # Conversions.
@@ -443,8 +454,10 @@ def _add_product(t: Translation, node: fx.Node, x: Value | None, p: _Product) ->
         size > limit for size, limit in zip(window, _DEPTHWISE_LIMIT, strict=True)
     )):  # fmt: skip
         return None
-    if p.groups > 1 and not depthwise and outputs // p.groups < 4:
-        return None  # few outputs share a row of inputs: torch has better kernels
+    if p.groups > 1 and not depthwise and outputs // p.groups < _GROUP_LIMIT:
+        return None
+    if math.prod(window) > _WINDOW_LIMIT:
+        return None
     if p.fbgemm and p.activation:
         return None
     dtype = torch.float32 if p.to_float else torch.uint8
@@ -709,10 +722,12 @@ def _global_mean(t: Translation, node: fx.Node) -> Value | None:
     value, meta = t.value(node.args[0]), t.metas.get(node)
     if value is None or meta is None or len(value.shape) != 4 or value.dtype != torch.float32:
         return None
-    if len(meta.shape) == 4:
+    if node.target is F.adaptive_avg_pool2d:
         if meta.shape[2:] != (1, 1):
             return None
-    elif len(meta.shape) != 2 or not _over_pixels(node):
+    elif not _over_pixels(node):
+        return None
+    if not agrees_on_mean(value.shape, node.target is F.adaptive_avg_pool2d):
         return None
     source = value if value.bytes_of is None else value.bytes_of
     out = t.builder.value(meta.shape, torch.float32)
@@ -814,8 +829,10 @@ def _float_map(name: str) -> Rule:
         if a is None or b is None or a.shape != b.shape:
             return None
         address = exponential() if name == "sigmoid" else None
-        if name == "sigmoid" and address is None:
-            return None
+        if name == "sigmoid":
+            # Of large tensors each thread of torch takes a part, with a scalar tail of its own.
+            if address is None or math.prod(a.shape) > _GRAIN or a.pixel != a.sizes[3]:
+                return None
         out = t.builder.value(a.shape, torch.float32)
         return t.builder.add(
             "float_map", {"a": a, "b": b}, out, function=_FLOAT_FUNCTIONS[name], exp16=address

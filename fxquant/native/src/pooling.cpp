@@ -55,7 +55,9 @@ void AveragePool::run(const Call& call, const Worker& worker) const {
       const int64_t count =
           divisor != 0 ? divisor : count_padding ? (y_end - y) * (x_end - x) : real;
       const __m512i start = _mm512_set1_epi32(static_cast<int>(-real * zero_point));
-      const __m512 factor = _mm512_set1_ps(1.0f / static_cast<float>(count));
+      const float share = 1.0f / static_cast<float>(count);
+      const __m512 factor = _mm512_set1_ps(share);
+      const __m512 last_factor = _mm512_set1_ps(1.0f / (1.0f / share));  // twice, as torch does it
       uint8_t* to = output + (line * out.w + column) * out.pixel;
       for (int64_t c = 0; c < out.c; c += 64) {
         const __mmask64 mask = mask64(out.c - c);
@@ -81,14 +83,26 @@ void AveragePool::run(const Call& call, const Worker& worker) const {
           }
         }
         widen();
-        __m512i q[4];
-        unrolled<4>(FXQ_EACH {
-          const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(wide[i], start));
-          q[i] = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(sum, factor)),
+        const auto packed = [&](auto rounded) __attribute__((always_inline)) {
+          __m512i q[4];
+          unrolled<4>(FXQ_EACH {
+            q[i] = rounded(_mm512_cvtepi32_ps(_mm512_add_epi32(wide[i], start)));
+          });
+          return _mm512_packus_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
+        };
+        __m512i bytes = packed([&](__m512 sum) {
+          return _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(sum, factor)),
                                   _mm512_set1_epi32(zero_point));
         });
-        const __m512i bytes =
-            _mm512_packus_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
+        // Channels behind the last whole vector of 16 are rounded with the zero point.
+        const int64_t whole = out.c / 16 * 16 - c;
+        if (whole < std::min<int64_t>(64, out.c - c)) {
+          const __m512i last = packed([&](__m512 sum) {
+            const __m512 zero_points = _mm512_set1_ps(static_cast<float>(zero_point));
+            return _mm512_cvtps_epi32(_mm512_add_ps(_mm512_mul_ps(sum, last_factor), zero_points));
+          });
+          bytes = _mm512_mask_mov_epi8(last, mask64(std::max<int64_t>(whole, 0)), bytes);
+        }
         store_bytes(to + c, bytes, std::min<int64_t>(64, out.c - c));
       }
     }
