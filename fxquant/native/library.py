@@ -9,9 +9,12 @@ import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
+from contextlib import suppress
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any, Final
@@ -39,6 +42,12 @@ _FLAGS: Final = [
     "-mbmi2",
 ]
 _COMPILERS: Final = ("g++", "clang++", "c++")
+_SECONDS: Final = 300
+"""A compiler that takes longer is stopped."""
+_ANOTHER_FOLDER: Final = f"Name another folder in the environment variable {CACHE_VARIABLE}"
+
+_failures: dict[str, str] = {}
+"""A compiler or a file -> why there are no kernels of it: it is not tried again in this process."""
 
 
 class TensorArgument(Structure):
@@ -200,13 +209,49 @@ def load() -> ctypes.CDLL:
     """The compiled library, built on the first call on a machine.
 
     Raises:
-        NativeUnavailableError: another processor, or no C++ compiler.
+        NativeUnavailableError: another processor, no C++ compiler or one that fails, or a cache
+            folder that nothing can be kept in or loaded from.
     """
     if not cpu_suits():
         raise NativeUnavailableError(
             "the native kernels need a processor with AVX512 and VNNI, which this one lacks"
         )
-    library = ctypes.CDLL(str(_built()))
+    target = _target()
+    if str(target) in _failures:
+        raise NativeUnavailableError(_failures[str(target)])
+    if target.exists():
+        with suppress(OSError, AttributeError):  # somebody else's file, or half a one
+            return _opened(target)
+        _remove(target)
+    _build(target)
+    try:
+        return _opened(target)
+    except (OSError, AttributeError) as error:
+        _failures[str(target)] = (
+            f"the native kernels were built, but cannot be loaded from {target.parent}: {error}."
+            f" {_ANOTHER_FOLDER}"
+        )
+        raise NativeUnavailableError(_failures[str(target)]) from error
+
+
+def _opened(path: Path) -> ctypes.CDLL:
+    """The library at ``path``, its functions declared.
+
+    Raises:
+        OSError: the file is no library, or may not be loaded.
+        AttributeError: it is another library than this one.
+    """
+    library = ctypes.CDLL(str(path))
+    try:
+        _declare(library)
+    except AttributeError:
+        # While it is open, another file under this name would not be looked at.
+        ctypes.CDLL(None).dlclose(c_void_p(library._handle))
+        raise
+    return library
+
+
+def _declare(library: ctypes.CDLL) -> None:
     library.fxq_plan_create.restype = c_void_p
     library.fxq_plan_destroy.argtypes = [c_void_p]
     library.fxq_plan_destroy.restype = None
@@ -214,7 +259,7 @@ def load() -> ctypes.CDLL:
         function = getattr(library, f"fxq_add_{kind}")
         function.argtypes, function.restype = [c_void_p, POINTER(structure)], None
     library.fxq_plan_run.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int32]
-    library.fxq_plan_run.restype = None
+    library.fxq_plan_run.restype = c_int32
     for name, structure in (
         ("convolution", ConvolutionArguments),
         ("move", MoveArguments),
@@ -223,8 +268,7 @@ def load() -> ctypes.CDLL:
         size = getattr(library, f"fxq_{name}_arguments_size")
         size.restype = c_int64
         if size() != ctypes.sizeof(structure):
-            raise NativeUnavailableError(f"{name} arguments differ between Python and C++")
-    return library
+            raise AttributeError(f"{name} arguments differ between Python and C++")
 
 
 @functools.cache
@@ -238,50 +282,99 @@ def exponential() -> int | None:
     return ctypes.cast(function, c_void_p).value
 
 
-def _built() -> Path:
-    sources = sorted(_SOURCES.glob("*.cpp"))
+def _target() -> Path:
+    """Where the library is kept: its name tells what it was built from."""
     contents = hashlib.sha256(" ".join(_FLAGS).encode())
     for source in sorted(_SOURCES.iterdir()):
         contents.update(source.name.encode() + source.read_bytes())
-    target = default_folder() / f"native-{contents.hexdigest()[:16]}.so"
-    if target.exists():
-        return target
+    return default_folder() / f"native-{contents.hexdigest()[:16]}.so"
+
+
+def _build(target: Path) -> None:
     compiler = _compiler()
+    if compiler in _failures:
+        raise NativeUnavailableError(_failures[compiler])
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        if os.statvfs(target.parent).f_flag & getattr(os, "ST_NOEXEC", 0):
+            raise OSError("nothing may be run from there (mounted with noexec)")
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
-            _compile(compiler, sources, made)
+            _compile(compiler, made)
             made.replace(target)  # whole or not at all, whoever else builds it now
     except OSError as error:
         raise NativeUnavailableError(
-            f"cannot keep the native kernels in {target.parent}: {error}. Name another folder in"
-            f" the environment variable {CACHE_VARIABLE}"
+            f"cannot keep the native kernels in {target.parent}: {error}. {_ANOTHER_FOLDER}"
         ) from error
-    return target
+
+
+def _remove(target: Path) -> None:
+    try:
+        target.unlink(missing_ok=True)
+    except OSError as error:
+        raise NativeUnavailableError(
+            f"{target} is no library of native kernels, and cannot be removed: {error}."
+            f" {_ANOTHER_FOLDER}"
+        ) from error
 
 
 def _compiler() -> str:
-    chosen = os.environ.get("CXX")
+    """The compiler's command, quoted as for a shell: ``CXX`` may hold arguments, too."""
+    chosen = os.environ.get("CXX", "").strip()
     for name in (chosen,) if chosen else _COMPILERS:
-        found = shutil.which(name)
+        found = shutil.which(name)  # as a whole first: a path may hold spaces
         if found:
-            return found
+            return shlex.quote(found)
+    try:
+        words = shlex.split(chosen)
+    except ValueError:  # an open quote
+        words = []
+    found = shutil.which(words[0]) if words else None
+    if found:
+        return shlex.join([found, *words[1:]])
     raise NativeUnavailableError(
         f"no C++ compiler ({chosen or ', '.join(_COMPILERS)}) to build the native kernels with;"
         " install one (Debian: apt install g++), or name one in the environment variable CXX"
     )
 
 
-def _compile(compiler: str, sources: list[Path], target: Path) -> None:
-    command = [compiler, *_FLAGS, *map(str, sources), "-o", str(target)]
+def _compile(compiler: str, target: Path) -> None:
+    sources = sorted(_SOURCES.glob("*.cpp"))
+    command = [*shlex.split(compiler), *_FLAGS, *map(str, sources), "-o", str(target)]
     problem = ""
-    # GCC keeps all accumulators of the large kernels in registers only with this.
-    for extra in (["-fira-region=one"], []):
-        done = subprocess.run([*command, *extra], capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            return
-        problem = done.stderr.strip()
-    raise NativeUnavailableError(
-        f"{compiler} could not build the native kernels:\n{problem[-2000:]}"
-    )
+    try:
+        # GCC keeps all accumulators of the large kernels in registers only with this.
+        for extra in (["-fira-region=one"], []):
+            problem = _complaint([*command, *extra])
+            if not problem and target.exists():
+                return
+    except OSError as error:
+        problem = f"it cannot be run: {error}"
+    except subprocess.TimeoutExpired:
+        problem = f"it was stopped after {_SECONDS} s"
+    problem = problem or "it ended without an error, and without a file"
+    _failures[compiler] = f"{compiler} could not build the native kernels: {problem}"
+    raise NativeUnavailableError(_failures[compiler])
+
+
+def _complaint(command: list[str]) -> str:
+    """Run a compiler; what it says if it fails, or an empty string.
+
+    Raises:
+        OSError: it cannot be run.
+        TimeoutExpired: it took too long, and was stopped.
+    """
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+        text=True, errors="replace", start_new_session=True,
+    )  # fmt: skip
+    with process:
+        try:
+            _, complaints = process.communicate(timeout=_SECONDS)
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what the compiler has started, too
+            raise
+    if process.returncode == 0:
+        return ""
+    return complaints.strip()[-2000:] or f"it ended with code {process.returncode}"
