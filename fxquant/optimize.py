@@ -5,29 +5,38 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
-from collections import OrderedDict
 from typing import Any, Final, NoReturn
 
 import torch
 from tabulate import tabulate
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from fxquant.autocast import is_autocast, no_autocast, widened
 from fxquant.errors import LoweringWarning, NativeUnavailableError, NotAGraphModuleError
 from fxquant.graph_module import QuantGraphModule, Stage
+from fxquant.native.calls import (
+    Key,
+    NoPlanError,
+    NotComparableError,
+    described,
+    key_of,
+    same_results,
+)
+from fxquant.native.comparison import checked_program
 from fxquant.native.library import load
-from fxquant.native.program import Program
-
-_KEPT_PROGRAMS: Final = 16
-"""Programs of as many combinations of shapes are kept; the one used longest ago goes first."""
-
+from fxquant.native.plan_table import PlanTable
+from fxquant.native.program import Program, UnlikeError
+from fxquant.native.snapshot import Snapshot
+from fxquant.shapes import as_arguments
 
 _NO_WORK: Final = ("checked_input", "in_format_of")
 """Functions of a lowered graph that look at tensors or lay them out, and compute nothing."""
 
+_REASONS: Final = 8
+"""So many different reasons of calls without a plan are kept to be told."""
 
-def optimize(
-    model: QuantGraphModule, example_inputs: tuple[Any, ...] | None = None
-) -> OptimizedModel:
+
+def optimize(model: QuantGraphModule, example_inputs: Any = None) -> OptimizedModel:
     """``model`` with its int8 operations in one native plan: the same numbers, in less time.
 
     Convolutions, linears and what lies between them run in fxquant's own kernels, without a call
@@ -37,8 +46,9 @@ def optimize(
 
     A plan is made for given shapes, so the first call with other ones takes longer (some
     hundredths of a second). Nothing else is fixed: any batch size and resolution that ``model``
-    takes is taken. The number of threads is ``torch.get_num_threads()`` at each call, and calls
-    may come from several threads at once.
+    takes is taken; once there are plans for many, others run ``model`` itself until they come
+    often. The number of threads is ``torch.get_num_threads()`` at each call, at most the
+    processors that the caller may run on, and calls may come from several threads at once.
 
     The kernels are compiled for this machine on first use (about ten seconds, once; kept in
     ``~/.cache/fxquant``, or in ``$FXQUANT_CACHE``). They need a C++ compiler and a processor with
@@ -47,15 +57,21 @@ def optimize(
 
     Args:
         model: what ``convert_fx`` or ``quantize`` gave.
-        example_inputs: inputs to make the first plan for; without them the first call makes it.
+        example_inputs: inputs to make the first plan for, as ``prepare_fx`` takes them; without
+            them the first call makes it.
 
     Returns:
-        A module that is called like ``model``. It is a snapshot: later changes to the state of
-        ``model`` do not reach it.
+        A module that is called like ``model``. It is a snapshot: where the state of ``model`` is
+        changed later, calls that would need the new state, too, raise a ``RuntimeError``.
 
     Raises:
-        NotAGraphModuleError: ``model`` was not converted by fxquant.
+        NotAGraphModuleError: ``model`` was not converted by fxquant, or is optimized already.
     """
+    if isinstance(model, OptimizedModel):
+        raise NotAGraphModuleError(
+            "optimize got a model that it gave itself, which needs nothing more. The int8 model"
+            " that it was made from is its attribute `model`"
+        )
     if not isinstance(model, QuantGraphModule) or model.state.stage is not Stage.LOWERED:
         raise NotAGraphModuleError(
             f"optimize takes a model that convert_fx or quantize gave, not"
@@ -73,7 +89,8 @@ def optimize(
         )
     optimized = OptimizedModel(model, reason)
     if example_inputs is not None:
-        optimized(*example_inputs)
+        args, kwargs = as_arguments(example_inputs)
+        optimized(*args, **kwargs)
     return optimized
 
 
@@ -90,55 +107,123 @@ class OptimizedModel(nn.Module):
         self.model = model
         self.unavailable = unavailable
         self.training = False
-        self._placeholders = [n for n in model.graph.nodes if n.op == "placeholder"]
+        self._inputs = sum(node.op == "placeholder" for node in model.graph.nodes)
         self._signature = inspect.signature(model.forward)
-        self._programs: OrderedDict[Any, Program | None] = OrderedDict()
-        self._making = threading.Lock()
+        self._programs = PlanTable()
+        self._making = threading.RLock()
+        self._snapshot = Snapshot(model)
+        self._reasons: dict[str, None] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model that this was made from."""
-        inputs = args if not kwargs and len(args) == len(self._placeholders) else None
-        if inputs is None:
+        """As the model that this was made from, which runs in full precision under autocast."""
+        if is_autocast():
+            with no_autocast():
+                return self._run(widened(args), widened(kwargs))
+        return self._run(args, kwargs)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            inputs, key = self._call(args, kwargs)
+        except NoPlanError as error:
+            return self._run_model(str(error), *args, **kwargs)
+        program = self._programs.find(key)
+        if program is None:
+            if not self._programs.has_room_for(key):
+                return self._run_model("there are plans for many others", *inputs)
+            with self._making:
+                program = self._programs.find(key)  # another thread may have made it
+                if program is None:
+                    return self._first_call(key, inputs)
+        if isinstance(program, str):
+            return self._run_model(None, *inputs)
+        try:
+            with torch.no_grad():
+                return program.run(inputs, torch.get_num_threads())
+        except UnlikeError as error:
+            return self._run_model(
+                f"one was unlike the one its plan was made for ({error})", *inputs
+            )
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Key]:
+        """Values of all placeholders, and what a plan for them is made for.
+
+        Raises:
+            NoPlanError: there can be none.
+        """
+        if self.unavailable:
+            raise NoPlanError(self.unavailable)
+        if torch.jit.is_tracing():
+            raise NoPlanError("it was traced")
+        inputs = args
+        if kwargs or len(args) != self._inputs:
             bound = self._signature.bind(*args, **kwargs)
             bound.apply_defaults()
             inputs = tuple(bound.arguments.values())
-            if len(inputs) != len(self._placeholders):  # *args or **kwargs in the graph
-                return self.model(*args, **kwargs)
-        key = None if self.unavailable else _key(inputs)
-        if key is None:
-            return self.model(*inputs)
+        if len(inputs) != self._inputs:
+            raise NoPlanError("its graph has *args or **kwargs")
+        return inputs, key_of(inputs)
+
+    def _run_model(self, reason: str | None, *args: Any, **kwargs: Any) -> Any:
+        """The result of the model itself, in a call for which there is no plan."""
+        if len(self._programs):
+            self._refuse_changes()
+        if reason is not None and len(self._reasons) < _REASONS:
+            self._reasons[reason] = None
+        return self.model(*args, **kwargs)
+
+    def _first_call(self, key: Key, inputs: tuple[Any, ...]) -> Any:
+        self._refuse_changes()
         try:
-            program = self._programs[key]
-        except KeyError:
             return self._first_run(key, inputs)
-        if program is None:
+        except NotComparableError as error:
+            self._programs[key] = f"the result holds a {error}"
+            warnings.warn(
+                f"the native plan for inputs {described(key)} is not used, since the result holds"
+                f" a {error}, which cannot be compared with the model's: return tensors in tuples,"
+                " dicts or dataclasses, or register the class with torch.utils._pytree. The model"
+                " runs as it is",
+                LoweringWarning,
+                stacklevel=3,
+            )
             return self.model(*inputs)
-        with torch.no_grad():
-            return program.run(inputs, torch.get_num_threads())
+        finally:
+            self._snapshot.leave_out_changes()
+
+    def _refuse_changes(self) -> None:
+        change = self._snapshot.change()
+        if change is not None:
+            raise RuntimeError(
+                f"the int8 model was changed after optimize ({change}), and this call would mix"
+                " its old state with the new one. Call optimize again"
+            )
 
     def _first_run(self, key: Any, inputs: tuple[Any, ...]) -> Any:
         with self._making, torch.no_grad():
-            program: Program | None = Program(self.model, inputs)
-            assert program is not None
-            expected, program.expected = program.expected, None
-            found = program.run(inputs, torch.get_num_threads())
-            if not _equal(expected, found):
+            threads = torch.get_num_threads()
+            program, left, expected = checked_program(self.model, inputs, threads, same_results)
+            if program is None:
                 warnings.warn(
-                    f"the native plan for inputs {_described(key)} does not give what the model"
+                    f"the native plan for inputs {described(key)} does not give what the model"
                     " gives, so it is not used, and the model runs as it is. Please report this"
                     " with the model and this machine's `fxquant doctor`",
                     LoweringWarning,
                     stacklevel=3,
                 )
-                program = None
-            self._programs[key] = program
-            while len(self._programs) > _KEPT_PROGRAMS:
-                self._programs.popitem(last=False)
+            elif left:
+                names = ", ".join(map(str, left))
+                warnings.warn(
+                    f"the native plan for inputs {described(key)} leaves {names}"
+                    " to torch, since its kernels give other numbers there. Please report this with"
+                    " the model and this machine's `fxquant doctor`",
+                    LoweringWarning,
+                    stacklevel=3,
+                )
+            self._programs[key] = program or "results differed"
             return expected
 
     def plans(self) -> tuple[Program, ...]:
         """The programs made so far."""
-        return tuple(p for p in self._programs.values() if p is not None)
+        return tuple(p for _, p in self._programs.items() if isinstance(p, Program))
 
     def profile(self, *inputs: Any, repeats: int = 50) -> str:
         """A table of the steps for these inputs, with the least time of each in microseconds.
@@ -154,11 +239,14 @@ class OptimizedModel(nn.Module):
             The table; where there is no plan for these inputs, why not.
         """
         self(*inputs)
-        program = self._programs.get(None if self.unavailable else _key(inputs))
-        if program is None:
+        try:
+            program = self._programs.find(key_of(inputs))
+        except NoPlanError:
+            program = None
+        if not isinstance(program, Program):
             return str(self)
         times: dict[int, float] = {}
-        with torch.no_grad():
+        with torch.no_grad(), no_autocast():
             for _ in range(max(repeats, 1)):
                 program.run(inputs, torch.get_num_threads(), times)
         rows = []
@@ -176,13 +264,13 @@ class OptimizedModel(nn.Module):
             return f"OptimizedModel: not native, since {self.unavailable}"
         rows: list[tuple[object, ...]] = []
         for key, program in self._programs.items():
-            if program is None:
-                rows.append((_described(key), "none", "", "", "everything: results differed"))
+            if isinstance(program, str):
+                rows.append((described(key), "none", "", "", f"everything: {program}"))
                 continue
             left = _counted(program.called)
             rows.append(
                 (
-                    _described(key),
+                    described(key),
                     len(program.plan.steps),
                     len(program.called),
                     f"{program.plan.arena / 1e6:.1f} MB",
@@ -191,7 +279,11 @@ class OptimizedModel(nn.Module):
             )
         headers = ("inputs", "native steps", "calls of torch", "scratch memory", "torch computes")
         table = tabulate(rows, headers=headers) if rows else "no plan yet: call it once"
-        return f"OptimizedModel of {type(self.model).__name__}\n\n{table}"
+        lines = [f"OptimizedModel of {type(self.model).__name__}", "", table]
+        if self._reasons:
+            reasons = "; ".join(list(self._reasons))
+            lines += ["", f"Some calls ran the model as it is: {reasons}"]
+        return "\n".join(lines)
 
     def train(self, mode: bool = True) -> OptimizedModel:
         """Only ``train(False)``, which ``eval()`` calls."""
@@ -202,6 +294,9 @@ class OptimizedModel(nn.Module):
     def _apply(self, *_: Any, **__: Any) -> NoReturn:
         self._refuse("a move or a cast")
 
+    def _load_from_state_dict(self, *_: Any, **__: Any) -> NoReturn:
+        self._refuse("new state")
+
     def _refuse(self, what: str) -> NoReturn:
         raise RuntimeError(
             f"an optimized model takes no {what}: it is a snapshot of an int8 model for this CPU."
@@ -210,37 +305,6 @@ class OptimizedModel(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return optimize, (self.model,)
-
-
-def _key(inputs: tuple[Any, ...]) -> Any:
-    """What a plan is made for; ``None`` where an input is no plain tensor of the CPU."""
-    key = []
-    for x in inputs:
-        if type(x) is not Tensor or x.device.type != "cpu" or x.is_quantized:
-            return None
-        key.append((x.shape, x.stride(), x.dtype))
-    return tuple(key)
-
-
-def _equal(expected: Any, found: Any) -> bool:
-    if isinstance(expected, Tensor):
-        if not isinstance(found, Tensor) or expected.shape != found.shape:
-            return False
-        if expected.is_quantized:
-            return bool(torch.equal(expected, found))
-        both_nan = expected.isnan() & found.isnan() if expected.is_floating_point() else False
-        return bool(((expected == found) | both_nan).all())
-    if isinstance(expected, dict):
-        return expected.keys() == found.keys() and all(
-            _equal(expected[k], found[k]) for k in expected
-        )
-    if isinstance(expected, (tuple, list)):
-        return len(expected) == len(found) and all(map(_equal, expected, found))
-    return bool(expected == found)
-
-
-def _described(key: Any) -> str:
-    return ", ".join(str(list(shape)) for shape, _, _ in key)
 
 
 def _counted(nodes: tuple[fx.Node, ...]) -> str:

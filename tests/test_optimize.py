@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fxquant
 from fxquant import (
@@ -25,7 +25,8 @@ from fxquant import (
     optimize,
     quantize,
 )
-from fxquant.native import library, translate
+from fxquant.native import comparison, library, translate
+from fxquant.native.plan import Value
 from tests.native_machine import needs_native
 
 pytestmark = pytest.mark.filterwarnings(
@@ -467,8 +468,8 @@ def test_slices_of_floats(function: Callable[[Tensor], Tensor]) -> None:
 @pytest.mark.parametrize("channels", [1, 5, 16, 17, 33, 71, 100])
 @pytest.mark.parametrize(
     "pool",
-    [nn.AvgPool2d(2), nn.AvgPool2d(3, 1, 1), nn.AvgPool2d((2, 3), 1), nn.AvgPool2d(5, 2, 2, count_include_pad=False),
-     nn.AvgPool2d(7), nn.AvgPool2d(2, divisor_override=3)],
+    [nn.AvgPool2d(2), nn.AvgPool2d(3, 1, 1), nn.AvgPool2d((2, 3), 1), nn.AvgPool2d(7),
+     nn.AvgPool2d(5, 2, 2, count_include_pad=False), nn.AvgPool2d(2, divisor_override=3)],
     ids=str,
 )  # fmt: skip
 def test_average_pools_of_every_integer(channels: int, pool: nn.Module) -> None:
@@ -553,8 +554,36 @@ def test_copies_and_pickles() -> None:
 
 
 @needs_native
+def test_kernels_that_differ_are_left_to_torch_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(t: translate.Translation, node: fx.Node) -> Value | None:
+        value, meta = t.value(node.args[0]), t.metas[node]
+        assert value is not None
+        return t.builder.add(
+            "average_pool", {"a": value}, t.builder.value(meta.shape, torch.uint8),
+            kernel_h=2, kernel_w=2, window_stride_h=2, window_stride_w=2,
+            count_padding=True, a_zero_point=value.zero_point,
+        )  # fmt: skip
+
+    rules = {
+        target: wrong for target, rule in translate.RULES.items() if rule is translate._max_pool
+    }
+    monkeypatch.setattr(translate, "RULES", {**translate.RULES, **rules})
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3))
+    int8, x = _int8(model, 3, 12, 12), torch.randn(1, 3, 12, 12)
+    with pytest.warns(LoweringWarning, match="leaves _1_int8 to torch"):
+        optimized = optimize(int8, (torch.zeros(1, 3, 12, 12),))  # made inputs find it, too
+    for _ in range(3):
+        assert torch.equal(optimized(x), int8(x))
+        x = x * 2
+    (program,) = optimized.plans()
+    assert [s.kind for s in program.plan.steps].count("convolution") == 2
+    assert "max_pool" in str(optimized)
+
+
+@needs_native
 def test_a_plan_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(translate, "onednn_scale", lambda scale: scale * 1.1)
+    monkeypatch.setattr(comparison, "first_difference", lambda *_: None)
     int8, x = (
         _int8(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), 3, 9, 9),
         torch.randn(1, 3, 9, 9),
@@ -564,6 +593,51 @@ def test_a_plan_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(optimized(x), int8(x))
     assert optimized.plans() == ()
     assert "results differed" in str(optimized)
+
+
+@needs_native
+def test_sizes_that_depend_on_the_data() -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 32), nn.Linear(32, 8)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            y = torch.tanh(self.a(x[:, : lengths.max()]))
+            return self.b(y.reshape(y.shape[0] * y.shape[1], -1))
+
+    x, long = torch.randn(2, 20, 16), torch.tensor([20, 7])
+    int8 = fxquant.quantize_dynamic(Cut().eval(), example_inputs=(x, long))
+    optimized = optimize(int8, (x, torch.tensor([5, 3])))
+    for lengths in ([5, 2], [20, 3], [1, 1], [5, 4]):
+        assert torch.equal(optimized(x, torch.tensor(lengths)), int8(x, torch.tensor(lengths)))
+
+
+@needs_native
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("first", [True, False])
+def test_numbers_that_are_none(value: float, first: bool) -> None:
+    """Torch decides what becomes of them, an error too; other calls keep their plan."""
+    convolutions = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    linears = nn.Sequential(nn.Linear(9, 16), nn.ReLU(), nn.Linear(16, 8))
+    dynamic, x = fxquant.quantize_dynamic(linears.eval()), torch.randn(1, 3, 9, 9)
+    images, tokens = (_int8(convolutions, 3, 9, 9), x), (dynamic, x[0])
+    for int8, fine in (images, tokens):
+        strange = fine.clone()
+        strange[..., 2, 3] = value
+        optimized = optimize(int8, None if first else (fine,))
+        for given in (strange, fine, fine, strange, torch.full_like(fine, value)):
+            try:
+                expected = int8(given)
+            except RuntimeError as error:
+                with pytest.raises(RuntimeError, match=str(error)[:20]):
+                    optimized(given)
+            else:
+                torch.testing.assert_close(
+                    optimized(given), expected, rtol=0, atol=0, equal_nan=True
+                )
+        (program,) = optimized.plans()
+        assert "convolution" in [s.kind for s in program.plan.steps]
 
 
 def test_it_takes_lowered_models_only() -> None:

@@ -268,7 +268,7 @@ class Plan:
                 setattr(arguments, name, value)
             getattr(library, f"fxq_add_{step.kind}")(self._plan, ctypes.byref(arguments))
 
-    def run(self, slots: Any, first: int, last: int, threads: int) -> None:
+    def run(self, slots: Any, first: int, last: int, threads: int) -> bool:
         """Run steps ``first`` to ``last - 1``.
 
         Args:
@@ -276,5 +276,8 @@ class Plan:
             first: index of a step.
             last: one behind the last step.
             threads: how many threads share each step.
+
+        Returns:
+            ``False`` where a number was NaN or a range infinite: the results are of no use.
         """
-        self._run(self._plan, slots, first, last, threads)
+        return bool(self._run(self._plan, slots, first, last, threads))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fxquant.graph_module import QuantGraphModule
@@ -48,6 +50,21 @@ class Exported:
     slot: int
     meta: Meta
     stride: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """The result of a step.
+
+    Attributes:
+        node: whose rule added the step.
+        shown: the last node that it is the value of: another view, or what the step absorbed.
+        value: where it lies.
+    """
+
+    node: fx.Node
+    shown: fx.Node
+    value: Value
 
 
 Instruction = Native | Called | Imported | Exported
@@ -103,6 +120,7 @@ class _Compiler:
     gm: QuantGraphModule
     metas: dict[fx.Node, Meta]
     sizes: dict[fx.Node, Any]
+    excluded: frozenset[fx.Node] = frozenset()
     builder: PlanBuilder = field(default_factory=PlanBuilder)
     instructions: list[Instruction] = field(default_factory=list)
     exported: set[fx.Node] = field(default_factory=set)
@@ -115,7 +133,8 @@ class _Compiler:
         for node in self.gm.graph.nodes:
             if node.op in ("placeholder", "get_attr") or node in self.sizes:
                 continue
-            if node.op != "output" and translate(self.translation, node):
+            known = node.op != "output" and node not in self.excluded
+            if known and translate(self.translation, node):
                 continue
             for source in node.all_input_nodes:
                 self.export(source)
@@ -123,6 +142,19 @@ class _Compiler:
                 self.flush()
                 self.instructions.append(Called(node))
         self.flush()
+
+    def computed(self) -> dict[int, Computed]:
+        """Index of a step -> what is known of its result."""
+        last: dict[int, fx.Node] = {id(v): node for node, v in self.translation.values.items()}
+        for node, heads in self.translation.heads.items():
+            if node.target is F.scaled_dot_product_attention:
+                last[id(heads.value)] = node
+        names = {node.name: node for node in self.gm.graph.nodes}
+        return {
+            index: Computed(names[step.node], last[id(step.out)], step.out)
+            for index, step in enumerate(self.builder.steps)
+            if id(step.out) in last
+        }
 
     def flush(self) -> None:
         """Steps added since the last flush run here."""
@@ -187,6 +219,10 @@ def _channels_last(shape: tuple[int, ...]) -> tuple[int, ...]:
     return contiguous(shape)
 
 
+class UnlikeError(Exception):
+    """A call for which the program was not made: other sizes inside, or numbers that are none."""
+
+
 class Program:
     """What runs in the place of a graph, for inputs like those that it was made from.
 
@@ -195,15 +231,22 @@ class Program:
         called: the nodes that torch computes.
     """
 
-    def __init__(self, gm: QuantGraphModule, inputs: tuple[Any, ...]) -> None:
+    def __init__(
+        self,
+        gm: QuantGraphModule,
+        inputs: tuple[Any, ...],
+        excluded: frozenset[fx.Node] = frozenset(),
+    ) -> None:
         recorder = _Recorder(gm)
         self.expected = recorder.run(*inputs)
-        compiler = _Compiler(gm, recorder.metas, recorder.sizes)
+        compiler = _Compiler(gm, recorder.metas, recorder.sizes, excluded)
         compiler.compile()
         self.plan: Plan = compiler.builder.build()
         self.called = tuple(i.node for i in compiler.instructions if isinstance(i, Called))
         self.native = (*compiler.translation.values, *compiler.translation.heads)
+        self._computed = compiler.computed()
         self._gm = gm
+        self._metas = recorder.metas
         self._instructions = tuple(compiler.instructions)
         self._placeholders = tuple(n for n in gm.graph.nodes if n.op == "placeholder")
         self._output = next(n.args[0] for n in gm.graph.nodes if n.op == "output")
@@ -215,15 +258,24 @@ class Program:
         self._arenas: list[Tensor] = []
 
     def run(
-        self, inputs: tuple[Any, ...], threads: int, timed: dict[int, float] | None = None
+        self,
+        inputs: tuple[Any, ...],
+        threads: int,
+        timed: dict[int, float] | None = None,
+        watch: Callable[[Computed, Any], None] | None = None,
     ) -> Any:
         """The result for inputs of the shapes, strides and types that it was made for.
+
+        Raises:
+            UnlikeError: sizes that depend on the data are not those it was made for, or a number
+                is NaN; the model has to be run.
 
         Args:
             inputs: as the graph's placeholders, in order.
             threads: how many threads the native part may use.
             timed: where to note the seconds of each step, least of all calls so far; steps then
                 run one by one.
+            watch: is told of each value of the plan as soon as it is there, with the slots.
         """
         try:
             arena = self._arenas.pop()  # each concurrent call has its own
@@ -240,7 +292,7 @@ class Program:
 
         for step, unused in zip(self._instructions, self._last_uses, strict=True):
             if isinstance(step, Native):
-                self._run_native(slots, step, threads, timed)
+                self._run_native(slots, step, threads, timed, watch)
             elif isinstance(step, Imported):
                 tensor = _with_stride(argument(step.node), step.stride)
                 held[step.slot] = tensor
@@ -254,25 +306,36 @@ class Program:
                 args = fx.map_arg(node.args, argument)
                 kwargs = fx.map_arg(node.kwargs, argument)
                 env[node] = _call(self._gm, node, args, kwargs)
+                if not _is_like(self._metas.get(node), env[node]):
+                    raise UnlikeError(node.name)
             for name in unused:  # so that the allocator can hand the memory out again while warm
                 if isinstance(name, int):
                     del held[name]
                 else:
                     env.pop(name, None)
         self._arenas.append(arena)
-        return fx.map_arg(self._output, argument)
+        return _plain(self._output, argument)
 
     def _run_native(
-        self, slots: Any, step: Native, threads: int, timed: dict[int, float] | None
+        self,
+        slots: Any,
+        stretch: Native,
+        threads: int,
+        timed: dict[int, float] | None,
+        watch: Callable[[Computed, Any], None] | None,
     ) -> None:
-        if timed is None:
-            self.plan.run(slots, step.first, step.last, threads)
+        if timed is None and watch is None:
+            if not self.plan.run(slots, stretch.first, stretch.last, threads):
+                raise UnlikeError("NaN")
             return
-        for index in range(step.first, step.last):
+        for index in range(stretch.first, stretch.last):
             start = perf_counter()
             self.plan.run(slots, index, index + 1, threads)
             seconds = perf_counter() - start
-            timed[index] = min(timed.get(index, seconds), seconds)
+            if timed is not None:
+                timed[index] = min(timed.get(index, seconds), seconds)
+            if watch is not None and index in self._computed:
+                watch(self._computed[index], slots)
 
 
 def _last_uses(compiler: _Compiler, output: Any) -> tuple[tuple[fx.Node | int, ...], ...]:
@@ -297,6 +360,31 @@ def _last_uses(compiler: _Compiler, output: Any) -> tuple[tuple[fx.Node | int, .
         if isinstance(name, int) or (name.op != "get_attr" and name not in compiler.sizes):
             found[index].append(name)
     return tuple(map(tuple, found))
+
+
+def _plain(output: Any, value: Callable[[fx.Node], Any]) -> Any:
+    """What a graph returns, with its nodes' values, in containers that are not fx's own."""
+    if isinstance(output, fx.Node):
+        return value(output)
+    if isinstance(output, tuple):
+        parts = [_plain(part, value) for part in output]
+        return type(output)(*parts) if hasattr(output, "_fields") else tuple(parts)
+    if isinstance(output, list):
+        return [_plain(part, value) for part in output]
+    if isinstance(output, dict):
+        return {key: _plain(part, value) for key, part in output.items()}
+    return output
+
+
+def _is_like(meta: Meta | None, value: Any) -> bool:
+    """Whether a tensor is as it was when the program was made, but for its numbers and strides."""
+    if meta is None:
+        return not isinstance(value, Tensor) or Meta.of(value) is None
+    if not isinstance(value, Tensor) or value.shape != meta.shape or value.dtype != meta.dtype:
+        return False
+    return not value.is_quantized or (
+        value.q_scale() == meta.scale and value.q_zero_point() == meta.zero_point
+    )
 
 
 def _call(gm: fx.GraphModule, node: fx.Node, args: Any, kwargs: Any) -> Any:

@@ -829,10 +829,10 @@ def _float_map(name: str) -> Rule:
         if a is None or b is None or a.shape != b.shape:
             return None
         address = exponential() if name == "sigmoid" else None
-        if name == "sigmoid":
-            # Of large tensors each thread of torch takes a part, with a scalar tail of its own.
-            if address is None or math.prod(a.shape) > _GRAIN or a.pixel != a.sizes[3]:
-                return None
+        # Of large tensors each thread of torch takes a part, with a scalar tail of its own.
+        whole = a.pixel == a.sizes[3] and math.prod(a.shape) <= _GRAIN
+        if name == "sigmoid" and (address is None or not whole):
+            return None
         out = t.builder.value(a.shape, torch.float32)
         return t.builder.add(
             "float_map", {"a": a, "b": b}, out, function=_FLOAT_FUNCTIONS[name], exp16=address

@@ -19,10 +19,22 @@ inline int64_t beside(const Tensor& operand, const Tensor& out, int64_t p) {
   return operand.h * operand.w == 1 ? p / (out.h * out.w) : p;
 }
 
-inline __m512i quantized(__m512 x, __m512 inverse, __m512 zero_point) {
-  const __m512 y = _mm512_fmadd_ps(x, inverse, zero_point);
-  return to_int(y, _mm512_setzero_ps(), _mm512_set1_ps(255.0f));
-}
+// Floats to bytes; remembers whether one of them was NaN.
+struct Quantizer {
+  __m512 inverse, zero_point;
+  __mmask16 nan = 0;
+
+  Quantizer(float factor, float term)
+      : inverse(_mm512_set1_ps(factor)), zero_point(_mm512_set1_ps(term)) {}
+  FXQ_INLINE __m512i operator()(__m512 x) {
+    nan |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    const __m512 y = _mm512_fmadd_ps(x, inverse, zero_point);
+    return to_int(y, _mm512_setzero_ps(), _mm512_set1_ps(255.0f));
+  }
+  void tell(const Call& call) const {
+    if (nan != 0) call.strange->store(true, std::memory_order_relaxed);
+  }
+};
 
 // 64 bytes become 48.
 inline __m512i without_every_fourth(__m512i bytes) {
@@ -42,7 +54,7 @@ void Quantize::run(const Call& call, const Worker& worker) const {
     const auto& found = *reinterpret_cast<const Parameters*>(call.at(parameters));
     factor = 1.0f / found.scale, term = static_cast<float>(found.zero_point);
   }
-  const __m512 scale = _mm512_set1_ps(factor), zero = _mm512_set1_ps(term);
+  Quantizer quantized(factor, term);
   int64_t first, last;
   if (stride_c == 1 && stride_w == out.c && stride_h == out.w * out.c &&
       stride_n == out.h * out.w * out.c && out.pixel == out.c && margin == 0) {  // the same order: one long row
@@ -50,8 +62,9 @@ void Quantize::run(const Call& call, const Worker& worker) const {
     for (int64_t i = 64 * first; i < std::min(64 * last, out.pixels() * out.c); i += 16) {
       const int64_t left = out.pixels() * out.c - i;
       const __m512 values = _mm512_maskz_loadu_ps(mask16(left), input + i);
-      store_16(output + i, quantized(values, scale, zero), left);
+      store_16(output + i, quantized(values), left);
     }
+    quantized.tell(call);
     return;
   }
   worker.share(out.n * out.h, first, last);
@@ -69,7 +82,7 @@ void Quantize::run(const Call& call, const Worker& worker) const {
         __m512i lanes = _mm512_setzero_si512();
         for (int64_t c = out.c - 1; c >= 0; c--) {
           const __m512 plane = _mm512_maskz_loadu_ps(mask, from + c * stride_c + x);
-          lanes = _mm512_or_si512(_mm512_slli_epi32(lanes, 8), quantized(plane, scale, zero));
+          lanes = _mm512_or_si512(_mm512_slli_epi32(lanes, 8), quantized(plane));
         }
         if (out.pixel == 3) {
           store_bytes(to + 3 * x, without_every_fourth(lanes), 3 * std::min<int64_t>(16, out.w - x));
@@ -84,7 +97,7 @@ void Quantize::run(const Call& call, const Worker& worker) const {
         for (int64_t x = 0; x < out.w; x += 16) {
           const __mmask16 mask = mask16(out.w - x);
           alignas(16) uint8_t bytes[16];
-          store_16(bytes, quantized(_mm512_maskz_loadu_ps(mask, from + c * stride_c + x), scale, zero),
+          store_16(bytes, quantized(_mm512_maskz_loadu_ps(mask, from + c * stride_c + x)),
                    16);
           for (int64_t i = 0; i < std::min<int64_t>(16, out.w - x); i++)
             to[(x + i) * out.pixel + c] = bytes[i];
@@ -95,7 +108,7 @@ void Quantize::run(const Call& call, const Worker& worker) const {
         for (int64_t c = 0; c < out.c; c += 16) {
           const __m512 values =
               _mm512_maskz_loadu_ps(mask16(out.c - c), from + x * stride_w + c);
-          store_16(to + x * out.pixel + c, quantized(values, scale, zero), out.c - c);
+          store_16(to + x * out.pixel + c, quantized(values), out.c - c);
         }
       }
     } else {
@@ -103,11 +116,12 @@ void Quantize::run(const Call& call, const Worker& worker) const {
         for (int64_t c = 0; c < out.c; c++) {
           const __m512 value = _mm512_set1_ps(from[x * stride_w + c * stride_c]);
           to[x * out.pixel + c] = static_cast<uint8_t>(
-              _mm_cvtsi128_si32(_mm512_castsi512_si128(quantized(value, scale, zero))));
+              _mm_cvtsi128_si32(_mm512_castsi512_si128(quantized(value))));
         }
       }
     }
   }
+  quantized.tell(call);
 }
 
 void ChooseParameters::run(const Call& call, const Worker& worker) const {
@@ -115,12 +129,18 @@ void ChooseParameters::run(const Call& call, const Worker& worker) const {
   const float* input = call.floats(in);
   const int64_t count = in.pixels() * in.c;
   __m512 least = _mm512_setzero_ps(), most = _mm512_setzero_ps();  // the range holds zero
+  __mmask16 nan = 0;
   for (int64_t i = 0; i < count; i += 16) {
     const __m512 x = _mm512_maskz_loadu_ps(mask16(count - i), input + i);
     least = _mm512_min_ps(x, least);
     most = _mm512_max_ps(x, most);
+    nan |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
   }
   float low = _mm512_reduce_min_ps(least), high = _mm512_reduce_max_ps(most);
+  if (nan != 0 || std::isinf(high - low)) {
+    call.strange->store(true, std::memory_order_relaxed);
+    low = high = 0.0f;
+  }
   constexpr float kSmallest = 6.1e-5f;
   double scale = (static_cast<double>(high) - low) / highest;
   if (static_cast<float>(scale) == 0.0f || std::isinf(1.0f / static_cast<float>(scale)))
@@ -272,7 +292,7 @@ void FloatMap::run(const Call& call, const Worker& worker) const {
       __m512 v = _mm512_maskz_loadu_ps(mask, x + c);
       switch (function) {
         case FloatFunction::relu:
-          v = _mm512_max_ps(v, zero);
+          v = _mm512_max_ps(zero, v);  // NaN, the second of the two, stays
           break;
         case FloatFunction::add:
           v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, y + c));
@@ -283,7 +303,7 @@ void FloatMap::run(const Call& call, const Worker& worker) const {
         case FloatFunction::hardsigmoid: {
           const __m512 six = _mm512_set1_ps(6.0f);
           v = _mm512_add_ps(v, _mm512_set1_ps(3.0f));
-          v = _mm512_div_ps(_mm512_min_ps(_mm512_max_ps(v, zero), six), six);
+          v = _mm512_div_ps(_mm512_min_ps(six, _mm512_max_ps(zero, v)), six);
           break;
         }
         case FloatFunction::sigmoid: {

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -36,6 +37,7 @@ struct Tensor {
 // What a call works on. `slots[0]` is the arena of this call.
 struct Call {
   uint8_t* const* slots;
+  std::atomic<bool>* strange;  // set where a float was NaN, or a range infinite: torch decides then
   uint8_t* at(const Tensor& t) const { return slots[t.slot] + t.offset; }
   float* floats(const Tensor& t) const { return reinterpret_cast<float*>(at(t)); }
 };

@@ -423,10 +423,13 @@ void fxq_add_global_mean(Plan* plan, const MoveArguments* a) {
   plan->add(std::move(step));
 }
 
-void fxq_plan_run(const Plan* plan, uint8_t* const* slots, int64_t first, int64_t last,
-                  int32_t threads) {
-  const Call call{slots};
+// Whether all numbers were such as the kernels take; otherwise the results are of no use.
+int32_t fxq_plan_run(const Plan* plan, uint8_t* const* slots, int64_t first, int64_t last,
+                     int32_t threads) {
+  std::atomic<bool> strange{false};
+  const Call call{slots, &strange};
   run_steps(plan->order.data() + first, static_cast<size_t>(last - first), call, threads);
+  return strange.load(std::memory_order_relaxed) ? 0 : 1;
 }
 
 }  // extern "C"
