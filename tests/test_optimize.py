@@ -184,6 +184,13 @@ def test_first_layers(channels: int, window: tuple[int, int, int]) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("channels", [4, 8, 15, 16, 17, 40])
+@pytest.mark.parametrize("width", [2, 15, 16, 33])
+def test_inputs_of_many_channels_in_planes(channels: int, width: int) -> None:
+    _assert_same(nn.Sequential(nn.Conv2d(channels, 8, 1), nn.Conv2d(8, 8, 1)), channels, 5, width)
+
+
+@needs_native
 def test_windows_that_disagree_about_an_image() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -36,6 +36,22 @@ struct Quantizer {
   }
 };
 
+// Rows of 16 by 16 bytes become columns.
+inline void transpose_bytes_16(uint8_t* square) {
+  const auto* rows = reinterpret_cast<const __m128i*>(square);
+  __m128i a[16], b[16];
+  unrolled<16>(FXQ_EACH { a[i] = _mm_load_si128(rows + i); });
+  // Each round interleaves row i with row i + 8; after four, bytes are where they belong.
+  const auto round = [](const __m128i* x, __m128i* y) __attribute__((always_inline)) {
+    unrolled<8>(FXQ_EACH {
+      y[2 * i] = _mm_unpacklo_epi8(x[i], x[i + 8]);
+      y[2 * i + 1] = _mm_unpackhi_epi8(x[i], x[i + 8]);
+    });
+  };
+  round(a, b), round(b, a), round(a, b), round(b, a);
+  unrolled<16>(FXQ_EACH { _mm_store_si128(reinterpret_cast<__m128i*>(square) + i, a[i]); });
+}
+
 // 64 bytes become 48.
 inline __m512i without_every_fourth(__m512i bytes) {
   const __m128i each = _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1);
@@ -92,15 +108,26 @@ void Quantize::run(const Call& call, const Worker& worker) const {
           _mm512_mask_storeu_epi32(to + 4 * x, mask, lanes);
         }
       }
-    } else if (stride_w == 1 && out.w > 1) {
-      for (int64_t c = 0; c < out.c; c++) {
+    } else if (stride_w == 1 && out.w > 1) {  // planes: 16 pixels of 16 channels change places
+      for (int64_t c = 0; c < out.c; c += 16) {
+        const int64_t channels = std::min<int64_t>(16, out.c - c);
         for (int64_t x = 0; x < out.w; x += 16) {
-          const __mmask16 mask = mask16(out.w - x);
-          alignas(16) uint8_t bytes[16];
-          store_16(bytes, quantized(_mm512_maskz_loadu_ps(mask, from + c * stride_c + x)),
-                   16);
-          for (int64_t i = 0; i < std::min<int64_t>(16, out.w - x); i++)
-            to[(x + i) * out.pixel + c] = bytes[i];
+          const int64_t pixels = std::min<int64_t>(16, out.w - x);
+          alignas(64) uint8_t square[256];
+          for (int64_t i = 0; i < channels; i++) {
+            const float* plane = from + (c + i) * stride_c + x;
+            store_16(square + 16 * i, quantized(_mm512_maskz_loadu_ps(mask16(pixels), plane)), 16);
+          }
+          transpose_bytes_16(square);
+          uint8_t* pixel = to + x * out.pixel + c;
+          for (int64_t i = 0; i < pixels; i++, pixel += out.pixel) {
+            const __m128i row = _mm_load_si128(reinterpret_cast<const __m128i*>(square + 16 * i));
+            if (channels == 16) {
+              _mm_storeu_si128(reinterpret_cast<__m128i*>(pixel), row);
+            } else {
+              _mm_mask_storeu_epi8(pixel, mask16(channels), row);
+            }
+          }
         }
       }
     } else if (stride_c == 1) {
