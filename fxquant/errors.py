@@ -226,12 +226,13 @@ class Diagnostics:
 
 
 def _user_stacklevel() -> int:
-    """The stack level of the first frame outside fxquant, so the warning shows the user's line."""
+    """The stack level of the first frame that is not ours, so the warning shows the user's line."""
     import sys
 
     level = 1
     frame = sys._getframe(1)
-    ours = ("fxquant", "contextlib")  # whose decorators stand between the user and us
+    # What calls modules, and decorators, stand between the user and us.
+    ours = ("fxquant", "contextlib", "torch")
     while frame is not None and str(frame.f_globals.get("__name__", "")).split(".")[0] in ours:
         if frame.f_back is None:
             break

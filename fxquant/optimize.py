@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import threading
-import warnings
 from typing import Any, Final, NoReturn
 
 import torch
@@ -12,7 +11,12 @@ from tabulate import tabulate
 from torch import fx, nn
 
 from fxquant.autocast import is_autocast, no_autocast, widened
-from fxquant.errors import LoweringWarning, NativeUnavailableError, NotAGraphModuleError
+from fxquant.errors import (
+    Diagnostics,
+    LoweringWarning,
+    NativeUnavailableError,
+    NotAGraphModuleError,
+)
 from fxquant.graph_module import QuantGraphModule, Stage
 from fxquant.native.calls import (
     Key,
@@ -67,25 +71,15 @@ def optimize(model: QuantGraphModule, example_inputs: Any = None) -> OptimizedMo
     Raises:
         NotAGraphModuleError: ``model`` was not converted by fxquant, or is optimized already.
     """
-    if isinstance(model, OptimizedModel):
-        raise NotAGraphModuleError(
-            "optimize got a model that it gave itself, which needs nothing more. The int8 model"
-            " that it was made from is its attribute `model`"
-        )
-    if not isinstance(model, QuantGraphModule) or model.state.stage is not Stage.LOWERED:
-        raise NotAGraphModuleError(
-            f"optimize takes a model that convert_fx or quantize gave, not"
-            f" {type(model).__name__}. Call convert_fx(prepare_fx(...)) first"
-        )
+    _check(model)
     reason = None
     try:
         load()
     except NativeUnavailableError as error:
         reason = str(error)
-        warnings.warn(
+        Diagnostics().warn(
             f"optimize changes nothing here: {reason}. The model runs as it is.",
             LoweringWarning,
-            stacklevel=2,
         )
     optimized = OptimizedModel(model, reason)
     if example_inputs is not None:
@@ -111,6 +105,7 @@ class OptimizedModel(nn.Module):
         self._signature = inspect.signature(model.forward)
         self._programs = PlanTable()
         self._making = threading.RLock()
+        self._store: Store | None = None  # of packed weights, for all plans
         self._snapshot = Snapshot(model)
         self._reasons: dict[str, None] = {}
 
@@ -122,10 +117,10 @@ class OptimizedModel(nn.Module):
         return self._run(args, kwargs)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        try:
-            inputs, key = self._call(args, kwargs)
-        except NoPlanError as error:
-            return self._run_model(str(error), *args, **kwargs)
+        call = self._call(args, kwargs)
+        if isinstance(call, str):
+            return self._run_model(call, *args, **kwargs)
+        inputs, key = call
         program = self._programs.find(key)
         if program is None:
             if not self._programs.has_room_for(key):
@@ -134,34 +129,34 @@ class OptimizedModel(nn.Module):
                 program = self._programs.find(key)  # another thread may have made it
                 if program is None:
                     return self._first_call(key, inputs)
-        if isinstance(program, str):
-            return self._run_model(None, *inputs)
-        try:
-            with torch.no_grad():
-                return program.run(inputs, torch.get_num_threads())
-        except UnlikeError as error:
-            return self._run_model(
-                f"one was unlike the one its plan was made for ({error})", *inputs
-            )
+        reason = None
+        if isinstance(program, Program):
+            try:
+                with torch.no_grad():
+                    return program.run(inputs, torch.get_num_threads())
+            except UnlikeError as error:
+                reason = f"its numbers were unlike those that its plan is for ({error})"
+        return self._run_model(reason, *inputs)
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Key]:
-        """Values of all placeholders, and what a plan for them is made for.
-
-        Raises:
-            NoPlanError: there can be none.
-        """
+    def _call(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], Key] | str:
+        """Values of all placeholders and what a plan for them is made for, or why there is none."""
         if self.unavailable:
-            raise NoPlanError(self.unavailable)
-        if torch.jit.is_tracing():
-            raise NoPlanError("it was traced")
+            return self.unavailable
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            return "a compiler or a tracer looked on"
         inputs = args
         if kwargs or len(args) != self._inputs:
             bound = self._signature.bind(*args, **kwargs)
             bound.apply_defaults()
             inputs = tuple(bound.arguments.values())
         if len(inputs) != self._inputs:
-            raise NoPlanError("its graph has *args or **kwargs")
-        return inputs, key_of(inputs)
+            return "its graph has *args or **kwargs"
+        try:
+            return inputs, key_of(inputs)
+        except NoPlanError as error:
+            return str(error)
 
     def _run_model(self, reason: str | None, *args: Any, **kwargs: Any) -> Any:
         """The result of the model itself, in a call for which there is no plan."""
@@ -177,13 +172,12 @@ class OptimizedModel(nn.Module):
             return self._first_run(key, inputs)
         except NotComparableError as error:
             self._programs[key] = f"the result holds a {error}"
-            warnings.warn(
+            Diagnostics().warn(
                 f"the native plan for inputs {described(key)} is not used, since the result holds"
                 f" a {error}, which cannot be compared with the model's: return tensors in tuples,"
                 " dicts or dataclasses, or register the class with torch.utils._pytree. The model"
                 " runs as it is",
                 LoweringWarning,
-                stacklevel=3,
             )
             return self.model(*inputs)
         finally:
@@ -202,21 +196,19 @@ class OptimizedModel(nn.Module):
             threads = torch.get_num_threads()
             program, left, expected = checked_program(self.model, inputs, threads, same_results)
             if program is None:
-                warnings.warn(
+                Diagnostics().warn(
                     f"the native plan for inputs {described(key)} does not give what the model"
                     " gives, so it is not used, and the model runs as it is. Please report this"
                     " with the model and this machine's `fxquant doctor`",
                     LoweringWarning,
-                    stacklevel=3,
                 )
             elif left:
                 names = ", ".join(map(str, left))
-                warnings.warn(
+                Diagnostics().warn(
                     f"the native plan for inputs {described(key)} leaves {names}"
                     " to torch, since its kernels give other numbers there. Please report this with"
                     " the model and this machine's `fxquant doctor`",
                     LoweringWarning,
-                    stacklevel=3,
                 )
             self._programs[key] = program or "results differed"
             return expected
@@ -305,6 +297,19 @@ class OptimizedModel(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return optimize, (self.model,)
+
+
+def _check(model: nn.Module) -> None:
+    if isinstance(model, OptimizedModel):
+        raise NotAGraphModuleError(
+            "optimize got a model that is optimized already. The int8 model that it was made from"
+            " is its attribute `model`"
+        )
+    if not isinstance(model, QuantGraphModule) or model.state.stage is not Stage.LOWERED:
+        raise NotAGraphModuleError(
+            f"optimize takes a model that convert_fx or quantize gave, not"
+            f" {type(model).__name__}. Call convert_fx(prepare_fx(...)) first"
+        )
 
 
 def _counted(nodes: tuple[fx.Node, ...]) -> str:
