@@ -28,6 +28,7 @@ from fxquant.native.calls import (
 )
 from fxquant.native.comparison import checked_program
 from fxquant.native.library import load
+from fxquant.native.plan import Store
 from fxquant.native.plan_table import PlanTable
 from fxquant.native.program import Program, UnlikeError
 from fxquant.native.snapshot import Snapshot
@@ -194,7 +195,10 @@ class OptimizedModel(nn.Module):
     def _first_run(self, key: Any, inputs: tuple[Any, ...]) -> Any:
         with self._making, torch.no_grad():
             threads = torch.get_num_threads()
-            program, left, expected = checked_program(self.model, inputs, threads, same_results)
+            store = self._store = self._store or Store()
+            program, left, expected = checked_program(
+                self.model, inputs, threads, same_results, store
+            )
             if program is None:
                 Diagnostics().warn(
                     f"the native plan for inputs {described(key)} does not give what the model"
@@ -272,6 +276,8 @@ class OptimizedModel(nn.Module):
         headers = ("inputs", "native steps", "calls of torch", "scratch memory", "torch computes")
         table = tabulate(rows, headers=headers) if rows else "no plan yet: call it once"
         lines = [f"OptimizedModel of {type(self.model).__name__}", "", table]
+        if self._store is not None:
+            lines += ["", f"Packed weights, for all of them: {self._store.size / 1e6:.1f} MB"]
         if self._reasons:
             reasons = "; ".join(list(self._reasons))
             lines += ["", f"Some calls ran the model as it is: {reasons}"]

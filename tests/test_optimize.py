@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import re
 import subprocess
 import threading
 import warnings
@@ -372,6 +373,18 @@ def test_plans_of_many_shapes_do_not_pile_up() -> None:
     for size in range(10, 40):
         optimized(torch.randn(1, 3, size, size))
     assert len(optimized.plans()) == 16
+
+
+@needs_native
+def test_plans_share_their_weights() -> None:
+    layers = (nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3, groups=64), nn.Conv2d(64, 512, 3))
+    optimized = optimize(_int8(nn.Sequential(*layers), 3, 12, 12), (torch.randn(1, 3, 12, 12),))
+    before = str(optimized).splitlines()[-1]
+    assert re.fullmatch("Packed weights, for all of them: [0-9.]+ MB", before)
+    for batch in range(2, 6):
+        optimized(torch.randn(batch, 3, 12, 12))
+    assert len(optimized.plans()) == 5
+    assert str(optimized).splitlines()[-1] == before
 
 
 @needs_native

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.graph_module import QuantGraphModule
-from fxquant.native.plan import Value
+from fxquant.native.plan import Store, Value
 from fxquant.native.program import Computed, Program, UnlikeError
 
 _ATTEMPTS = 8
@@ -30,7 +30,11 @@ def same_tensors(expected: Tensor, found: Tensor) -> bool:
 
 
 def checked_program(
-    gm: QuantGraphModule, inputs: tuple[Any, ...], threads: int, same: Callable[[Any, Any], bool]
+    gm: QuantGraphModule,
+    inputs: tuple[Any, ...],
+    threads: int,
+    same: Callable[[Any, Any], bool],
+    store: Store,
 ) -> tuple[Program | None, tuple[fx.Node, ...], Any]:
     """A program for these inputs that gives what the model gives.
 
@@ -39,6 +43,7 @@ def checked_program(
         inputs: as a call has them.
         threads: of a native step.
         same: compares two results of the model.
+        store: of packed weights, for all programs of the model.
 
     Returns:
         The program, or ``None`` where none agrees with the model; the nodes that were left to
@@ -47,7 +52,7 @@ def checked_program(
     excluded: list[fx.Node] = []
     expected: Any = None
     for _ in range(_ATTEMPTS):
-        program = Program(gm, inputs, frozenset(excluded))
+        program = Program(gm, inputs, frozenset(excluded), store)
         expected, program.expected = program.expected, None
         culprit = _culprit(gm, program, inputs, expected, threads, same)
         if culprit is None:

@@ -76,6 +76,7 @@ class ConvolutionArguments(Structure):
         ("weight", c_void_p),
         ("weight_scale", c_void_p),
         ("bias", c_void_p),
+        ("identity", c_int64),
         *(
             (name, c_int32)
             for name in [
@@ -252,6 +253,12 @@ def _opened(path: Path) -> ctypes.CDLL:
 
 
 def _declare(library: ctypes.CDLL) -> None:
+    library.fxq_store_create.restype = c_void_p
+    library.fxq_store_destroy.argtypes = [c_void_p]
+    library.fxq_store_destroy.restype = None
+    library.fxq_store_bytes.argtypes = [c_void_p]
+    library.fxq_store_bytes.restype = c_int64
+    library.fxq_plan_create.argtypes = [c_void_p]
     library.fxq_plan_create.restype = c_void_p
     library.fxq_plan_destroy.argtypes = [c_void_p]
     library.fxq_plan_destroy.restype = None

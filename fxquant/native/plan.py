@@ -200,10 +200,10 @@ class PlanBuilder:
         self.steps.append(Step(kind, reads, out, fields, keep, self.node))
         return out
 
-    def build(self) -> Plan:
-        """The plan, with its arena laid out and its weights packed."""
+    def build(self, store: Store | None = None) -> Plan:
+        """The plan, with its arena laid out and its weights packed, in ``store`` if given."""
         arena = _lay_out(self.steps)
-        return Plan(self.steps, arena, self.slots)
+        return Plan(self.steps, arena, self.slots, store or Store())
 
 
 def _lay_out(steps: list[Step]) -> int:
@@ -241,6 +241,26 @@ def _padded(size: int) -> int:
     return -(-(size + _SLACK) // _ALIGNMENT) * _ALIGNMENT
 
 
+class Store:
+    """Packed weights, which the plans of one model share."""
+
+    def __init__(self) -> None:
+        library = load()
+        self._bytes = library.fxq_store_bytes
+        self.handle = ctypes.c_void_p(library.fxq_store_create())
+        self._identities: dict[str, int] = {}
+        weakref.finalize(self, library.fxq_store_destroy, self.handle)
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return int(self._bytes(self.handle))
+
+    def identity(self, node: str) -> int:
+        """The number of a node of the model."""
+        return self._identities.setdefault(node, len(self._identities))
+
+
 class Plan:
     """A laid-out plan. Immutable, so that any number of threads may run it at once.
 
@@ -250,16 +270,18 @@ class Plan:
         slots: number of pointers that a call takes, the arena's first.
     """
 
-    def __init__(self, steps: list[Step], arena: int, slots: int) -> None:
+    def __init__(self, steps: list[Step], arena: int, slots: int, store: Store) -> None:
         library = load()
         self.arena, self.slots = arena, slots
         self.steps = tuple(map(StepInfo.of, steps))
         self._run = library.fxq_plan_run
-        self._plan = ctypes.c_void_p(library.fxq_plan_create())
+        self._plan = ctypes.c_void_p(library.fxq_plan_create(store.handle))
         weakref.finalize(self, library.fxq_plan_destroy, self._plan)
         for step in steps:
             structure: Any = ARGUMENTS[step.kind]
             arguments = structure(out=step.out.argument())
+            if step.kind == "convolution":
+                arguments.identity = store.identity(step.node)
             for name, value in step.reads.items():
                 setattr(arguments, name, value.argument())
             for name, value in step.fields.items():

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fxquant.graph_module import QuantGraphModule
-from fxquant.native.plan import Plan, PlanBuilder, Value
+from fxquant.native.plan import Plan, PlanBuilder, Store, Value
 from fxquant.native.translate import Meta, Translation, contiguous, translate
 from fxquant.op_view import attribute
 
@@ -236,12 +236,13 @@ class Program:
         gm: QuantGraphModule,
         inputs: tuple[Any, ...],
         excluded: frozenset[fx.Node] = frozenset(),
+        store: Store | None = None,
     ) -> None:
         recorder = _Recorder(gm)
         self.expected = recorder.run(*inputs)
         compiler = _Compiler(gm, recorder.metas, recorder.sizes, excluded)
         compiler.compile()
-        self.plan: Plan = compiler.builder.build()
+        self.plan: Plan = compiler.builder.build(store)
         self.called = tuple(i.node for i in compiler.instructions if isinstance(i, Called))
         self.native = (*compiler.translation.values, *compiler.translation.heads)
         self._computed = compiler.computed()

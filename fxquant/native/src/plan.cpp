@@ -2,8 +2,10 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <new>
 #include <numeric>
@@ -42,6 +44,18 @@ class Store {
     return reinterpret_cast<T*>(data);
   }
 
+  // What was made under this key before, or what `make` makes now: plans for several shapes of one
+  // model share their weights.
+  using Key = std::array<int64_t, 6>;
+  template <typename T, typename F>
+  T once(const Key& key, const F& make) {
+    auto& known = made_[key];
+    if (known == nullptr) known = std::make_shared<T>(make());
+    return *static_cast<const T*>(known.get());
+  }
+
+  size_t bytes() const { return total_; }
+
  private:
   void grow(size_t bytes) {
     constexpr size_t kPage = size_t{1} << 21;
@@ -55,6 +69,7 @@ class Store {
   }
 
   std::vector<uint8_t*> chunks_;
+  std::map<Key, std::shared_ptr<void>> made_;
   uint8_t* next_ = nullptr;
   size_t left_ = 0, total_ = 0;
 };
@@ -62,12 +77,7 @@ class Store {
 struct Plan {
   std::vector<std::unique_ptr<Step>> steps;
   std::vector<const Step*> order;
-  Store store;
-
-  template <typename T>
-  T* keep(size_t count) {
-    return store.keep<T>(count);
-  }
+  std::shared_ptr<Store> store;
   template <typename S>
   void add(std::unique_ptr<S> step) {
     order.push_back(step.get());
@@ -85,6 +95,7 @@ struct ConvolutionArguments {
   const int8_t* weight;       // [output channels][input channels / groups][kernel_h][kernel_w]
   const float* weight_scale;  // per output channel
   const float* bias;          // per output channel; null for none
+  int64_t identity;           // of the node in its model
   int32_t has_other, groups, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w;
   int32_t dilation_h, dilation_w, fbgemm, to_float, activation, in_zero_point, depthwise, dynamic;
   float in_scale, inverse, zero_point, low, high, alpha, beta, other_scale, other_zero_point, out_scale;
@@ -113,17 +124,27 @@ int64_t fxq_convolution_arguments_size() { return sizeof(ConvolutionArguments); 
 int64_t fxq_move_arguments_size() { return sizeof(MoveArguments); }
 int64_t fxq_attention_arguments_size() { return sizeof(AttentionArguments); }
 
-Plan* fxq_plan_create() { return new Plan; }
+std::shared_ptr<Store>* fxq_store_create() { return new auto(std::make_shared<Store>()); }
+void fxq_store_destroy(std::shared_ptr<Store>* store) { delete store; }
+int64_t fxq_store_bytes(const std::shared_ptr<Store>* store) {
+  return static_cast<int64_t>((*store)->bytes());
+}
+
+Plan* fxq_plan_create(const std::shared_ptr<Store>* store) { return new Plan{{}, {}, *store}; }
 void fxq_plan_destroy(Plan* plan) { delete plan; }
 
+struct Constants {
+  int32_t* correction;
+  float *scale, *bias;
+  double largest;  // of the results
+};
+
 // channel_at[i]: the channel whose constants are the i-th; -1 for none.
-static void set_constants(Plan* plan, Requantize& r, const ConvolutionArguments& a,
-                          const std::vector<int64_t>& channel_at) {
+static Constants constants_of(Store& store, const ConvolutionArguments& a,
+                              const std::vector<int64_t>& channel_at) {
   const size_t padded = channel_at.size();
   const int64_t inputs = a.in.c / a.groups, window = int64_t{a.kernel_h} * a.kernel_w;
-  auto* correction = plan->keep<int32_t>(padded);
-  auto *scale = plan->keep<float>(padded), *bias = plan->keep<float>(padded);
-  double largest = 0;  // of the results
+  Constants made{store.keep<int32_t>(padded), store.keep<float>(padded), store.keep<float>(padded), 0};
   for (size_t at = 0; at < padded; at++) {
     const int64_t o = channel_at[at];
     if (o < 0) continue;
@@ -136,41 +157,54 @@ static void set_constants(Plan* plan, Requantize& r, const ConvolutionArguments&
     const double reach = 255.0 * magnitude * a.in_scale * std::fabs(a.weight_scale[o]);
     const double bias_size = a.bias == nullptr ? 0.0 : std::fabs(a.bias[o]);
     const double added = a.has_other ? 255.0 * a.other_scale : 0.0;
-    largest = std::max(largest, (reach + bias_size + added) * a.inverse + 255);
-    correction[at] = static_cast<int32_t>(-sum * a.in_zero_point);
-    scale[at] = a.weight_scale[o];
-    bias[at] = a.bias == nullptr ? 0.0f : a.bias[o];
+    made.largest = std::max(made.largest, (reach + bias_size + added) * a.inverse + 255);
+    made.correction[at] = static_cast<int32_t>(-sum * a.in_zero_point);
+    made.scale[at] = a.weight_scale[o];
+    made.bias[at] = a.bias == nullptr ? 0.0f : a.bias[o];
     if (a.fbgemm) {
       const float both = a.weight_scale[o] * a.in_scale;
-      scale[at] = both / a.out_scale;
-      bias[at] = a.bias == nullptr ? 0.0f : a.bias[o] / both;
+      made.scale[at] = both / a.out_scale;
+      made.bias[at] = a.bias == nullptr ? 0.0f : a.bias[o] / both;
     }
   }
-  r = Requantize{correction,
-                 scale,
-                 bias,
-                 a.in_scale,
-                 a.inverse,
-                 a.zero_point,
-                 a.low,
-                 a.high,
-                 a.fbgemm,
-                 a.to_float,
-                 static_cast<Activation>(a.activation),
-                 a.alpha,
-                 a.beta,
-                 nullptr,
-                 a.other_scale,
-                 a.other_zero_point,
-                 a.dynamic,
-                 largest < 1e9};
+  return made;
 }
 
-static const uint8_t* padding_row(Plan* plan, const ConvolutionArguments& a) {
-  const size_t bytes = static_cast<size_t>(round_up(a.in.c, 64) + 64);
-  auto* row = plan->keep<uint8_t>(bytes);
-  memset(row, a.in_zero_point, bytes);
-  return row;
+static Requantize requantize_of(const ConvolutionArguments& a, const Constants& c) {
+  return {c.correction,
+          c.scale,
+          c.bias,
+          a.in_scale,
+          a.inverse,
+          a.zero_point,
+          a.low,
+          a.high,
+          a.fbgemm,
+          a.to_float,
+          static_cast<Activation>(a.activation),
+          a.alpha,
+          a.beta,
+          nullptr,
+          a.other_scale,
+          a.other_zero_point,
+          a.dynamic,
+          c.largest < 1e9};
+}
+
+enum class Kept : int64_t { weights, constants, padding };
+
+static Store::Key of_kind(Store::Key key, Kept kind) {
+  key[0] = static_cast<int64_t>(kind);
+  return key;
+}
+
+static const uint8_t* padding_row(Store& store, const ConvolutionArguments& a) {
+  return store.once<uint8_t*>(of_kind({0, a.identity, a.in.c, 0, 0, 0}, Kept::padding), [&] {
+    const size_t bytes = static_cast<size_t>(round_up(a.in.c, 64) + 64);
+    auto* row = store.keep<uint8_t>(bytes);
+    memset(row, a.in_zero_point, bytes);
+    return row;
+  });
 }
 
 static void add_depthwise(Plan* plan, const ConvolutionArguments& a) {
@@ -196,28 +230,37 @@ static void add_depthwise(Plan* plan, const ConvolutionArguments& a) {
   const int64_t chunks = (d.flat ? period : whole) / 64;
   d.chunks = static_cast<int>(chunks);
   const int64_t group_size = int64_t{d.tile_pixels} * 256;
-  auto* packed = plan->keep<int8_t>(chunks * a.kernel_h * d.column_groups * group_size);
   std::vector<int64_t> channel_at(chunks * 64, -1);  // of each lane
   for (int64_t lane = 0; lane < chunks * 64; lane++) {
     const int64_t byte = lane / 64 * 64 + depthwise_channel(static_cast<int>(lane % 64));
     const int64_t channel = d.flat ? byte % a.out.c : byte;
-    if (channel >= a.out.c) continue;
-    channel_at[lane] = channel;
-    for (int64_t ky = 0; ky < a.kernel_h; ky++) {
-      for (int64_t column = 0; column < 4 * d.column_groups; column++) {
-        for (int64_t t = 0; t < d.tile_pixels; t++) {
-          const int64_t kx = column - t * a.stride_w;
-          if (kx < 0 || kx >= a.kernel_w) continue;
-          const int64_t group = (lane / 64 * a.kernel_h + ky) * d.column_groups + column / 4;
-          packed[group * group_size + t * 256 + lane % 64 * 4 + column % 4] =
-              a.weight[(channel * a.kernel_h + ky) * a.kernel_w + kx];
+    if (channel < a.out.c) channel_at[lane] = channel;
+  }
+  Store& store = *plan->store;
+  const Store::Key layout{0, a.identity, d.flat, d.tile_pixels, chunks, 1};
+  d.weights = store.once<int8_t*>(of_kind(layout, Kept::weights), [&] {
+    auto* packed = store.keep<int8_t>(chunks * a.kernel_h * d.column_groups * group_size);
+    for (int64_t lane = 0; lane < chunks * 64; lane++) {
+      const int64_t channel = channel_at[lane];
+      if (channel < 0) continue;
+      for (int64_t ky = 0; ky < a.kernel_h; ky++) {
+        for (int64_t column = 0; column < 4 * d.column_groups; column++) {
+          for (int64_t t = 0; t < d.tile_pixels; t++) {
+            const int64_t kx = column - t * a.stride_w;
+            if (kx < 0 || kx >= a.kernel_w) continue;
+            const int64_t group = (lane / 64 * a.kernel_h + ky) * d.column_groups + column / 4;
+            packed[group * group_size + t * 256 + lane % 64 * 4 + column % 4] =
+                a.weight[(channel * a.kernel_h + ky) * a.kernel_w + kx];
+          }
         }
       }
     }
-  }
-  d.weights = packed;
-  set_constants(plan, d.requantize, a, channel_at);
-  d.padding_row = padding_row(plan, a);
+    return packed;
+  });
+  d.requantize = requantize_of(a, store.once<Constants>(of_kind(layout, Kept::constants), [&] {
+    return constants_of(store, a, channel_at);
+  }));
+  d.padding_row = padding_row(store, a);
   plan->add(std::move(step));
 }
 
@@ -249,30 +292,36 @@ void fxq_add_convolution(Plan* plan, const ConvolutionArguments* arguments) {
       size += positions * fours * 64 * block.vectors;
     }
   }
-  auto* packed = plan->keep<int8_t>(size);
-  for (int64_t group = 0; group < a.groups; group++) {
-    for (size_t b = 0; b < g.channels.size(); b++) {
-      const ChannelBlock& block = g.channels[b];
-      int8_t* to = packed + g.packed_offset[group * g.channels.size() + b];
-      for (int64_t p = 0; p < window; p++) {
-        const int64_t string = g.whole_lines ? p / a.kernel_w : p;
-        for (int64_t i = 0; i < inputs; i++) {
-          const int64_t k = p % a.kernel_w * pixel + i;  // in the string
-          for (int64_t o = 0; o < 16 * block.vectors && block.channel + o < outputs; o++) {
-            const int64_t channel = group * outputs + block.channel + o;
-            to[((string * fours + k / 4) * 16 * block.vectors + o) * 4 + k % 4] =
-                a.weight[(channel * inputs + i) * window + p];
+  Store& store = *plan->store;
+  const Store::Key layout{0, a.identity, pixel, fours, size, 0};
+  g.weights = store.once<int8_t*>(of_kind(layout, Kept::weights), [&] {
+    auto* packed = store.keep<int8_t>(size);
+    for (int64_t group = 0; group < a.groups; group++) {
+      for (size_t b = 0; b < g.channels.size(); b++) {
+        const ChannelBlock& block = g.channels[b];
+        int8_t* to = packed + g.packed_offset[group * g.channels.size() + b];
+        for (int64_t p = 0; p < window; p++) {
+          const int64_t string = g.whole_lines ? p / a.kernel_w : p;
+          for (int64_t i = 0; i < inputs; i++) {
+            const int64_t k = p % a.kernel_w * pixel + i;  // in the string
+            for (int64_t o = 0; o < 16 * block.vectors && block.channel + o < outputs; o++) {
+              const int64_t channel = group * outputs + block.channel + o;
+              to[((string * fours + k / 4) * 16 * block.vectors + o) * 4 + k % 4] =
+                  a.weight[(channel * inputs + i) * window + p];
+            }
           }
         }
       }
     }
-  }
-  g.weights = packed;
-  const int64_t padded = round_up(outputs, 16);
-  std::vector<int64_t> channel_at(a.groups * padded, -1);
-  for (int64_t o = 0; o < a.out.c; o++) channel_at[o / outputs * padded + o % outputs] = o;
-  set_constants(plan, g.requantize, a, channel_at);
-  g.padding_row = padding_row(plan, a);
+    return packed;
+  });
+  g.requantize = requantize_of(a, store.once<Constants>(of_kind(layout, Kept::constants), [&] {
+    const int64_t padded = round_up(outputs, 16);
+    std::vector<int64_t> channel_at(a.groups * padded, -1);
+    for (int64_t o = 0; o < a.out.c; o++) channel_at[o / outputs * padded + o % outputs] = o;
+    return constants_of(store, a, channel_at);
+  }));
+  g.padding_row = padding_row(store, a);
   if (!g.pointwise) {
     for (int64_t y = 0; y < a.out.h; y++) {
       for (int64_t ky = 0; ky < a.kernel_h; ky++) {
