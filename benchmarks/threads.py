@@ -1,8 +1,9 @@
 """How an int8 model scales: with torch's threads, with the batch, and with Python threads.
 
-``python -m benchmarks.threads`` (four minutes, on a machine that does nothing else) prints
-Markdown: latency by threads and batch, against FP32 in the same process, and how much more work two
-Python threads do than one when each has one thread of torch.
+``python -m benchmarks.threads`` (five minutes, on a machine that does nothing else) prints
+Markdown: latency by threads and batch, of the int8 model, of its native plan (``optimize``) and of
+FP32 in the same process, and how much more work two Python threads do than one when each has one
+thread of torch.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from fxquant import LoweringWarning, calibrate, convert_fx, prepare_fx
+from fxquant import LoweringWarning, calibrate, convert_fx, optimize, prepare_fx
 from fxquant.graph_module import QuantGraphModule
 from fxquant.models_zoo.torchvision_models import build
 from fxquant.timing import interleaved_latency, threads
@@ -37,25 +38,25 @@ def int8_of(model: nn.Module, x: Tensor) -> QuantGraphModule:
 
 
 def latencies(name: str, counts: Sequence[int]) -> list[list[object]]:
-    """Rows of milliseconds: each batch at each number of torch's threads, FP32 and int8 in turn."""
+    """Rows of milliseconds: each batch at each number of torch's threads, all forms in turn."""
     model = build(name)
     rows: list[list[object]] = []
     for batch in BATCHES:
         x = torch.randn(batch, 3, 224, 224)
         cells: list[object] = [name, batch]
-        one = 0.0
+        one: dict[str, float] = {}
         for count in counts:
             with threads(count):
                 int8 = int8_of(model, x)  # packed anew: its kernels are prepared for the threads
                 calls: dict[str, Callable[[], object]] = {
                     "fp32": partial(model, x),
                     "int8": partial(int8, x),
+                    "optimized": partial(optimize(int8, (x,)), x),
                 }
                 times = interleaved_latency(calls, repeats=max(3, 24 // batch), warmup=2)
-            took = times["int8"].minimum
-            one = one or took
-            cells += [f"{times['fp32'].minimum * 1e3:.2f}", f"{took * 1e3:.2f}"]
-            cells += [f"{one / took:.2f}"] if count > 1 else []
+            for form, found in times.items():
+                gain = f" ({one.setdefault(form, found.minimum) / found.minimum:.2f})"
+                cells.append(f"{found.minimum * 1e3:.2f}{gain if count > 1 else ''}")
         rows.append(cells)
     return rows
 
@@ -89,7 +90,8 @@ def scaling(name: str, runs: int, seconds: float) -> list[object]:
     x = torch.randn(1, 3, 224, 224)
     model = build(name)
     row: list[object] = [name]
-    for made in (model, int8_of(model, x)):
+    int8 = int8_of(model, x)
+    for made in (model, int8, optimize(int8, (x,))):
         ratios = [
             calls_per_second(made, x, 2, seconds) / calls_per_second(made, x, 1, seconds)
             for _ in range(runs)
@@ -105,7 +107,8 @@ def main() -> None:
     quick = parser.parse_args().quick
     counts = (1, 2)
     rows = [row for name in NETWORKS[: 1 if quick else None] for row in latencies(name, counts)]
-    headers = ["network", "batch", "FP32, 1 thread, ms", "int8", "FP32, 2 threads", "int8", "gain"]
+    headers = ["network", "batch", "FP32, 1 thread, ms", "int8", "optimized"]
+    headers += ["FP32, 2 threads (gain)", "int8", "optimized"]
     print(tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True))
     print()
     with threads(1):
@@ -113,7 +116,7 @@ def main() -> None:
             scaling(name, 1 if quick else 5, 0.5 if quick else SECONDS)
             for name in NETWORKS[: 1 if quick else None]
         ]
-    headers = ["two Python threads against one", "FP32", "int8"]
+    headers = ["two Python threads against one", "FP32", "int8", "optimized"]
     print(tabulate(found, headers=headers, tablefmt="github", disable_numparse=True))
 
 
