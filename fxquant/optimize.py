@@ -182,7 +182,7 @@ class OptimizedModel(nn.Module):
             )
             return self.model(*inputs)
         finally:
-            self._snapshot.leave_out_changes()
+            self._snapshot.after_a_call()
 
     def _refuse_changes(self) -> None:
         change = self._snapshot.change()

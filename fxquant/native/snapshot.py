@@ -28,14 +28,15 @@ class Snapshot:
         if changed:
             return changed[0]
         for name, packed in _packed(self._model).items():
-            if self._packed.setdefault(name, packed) is not packed:  # made on first use
+            if self._packed.get(name, packed) is not packed:
                 return name
         return None
 
-    def leave_out_changes(self) -> None:
-        """From now on, disregard the tensors that differ: the model writes to them itself."""
+    def after_a_call(self) -> None:
+        """Take note of what a call did: of constants it packed, and tensors it writes to itself."""
         for name in self._changed_tensors():
             self._tensors.pop(name, None)
+        self._packed = {**_packed(self._model), **self._packed}
 
     def _changed_tensors(self) -> list[str]:
         now = _tensors(self._model)
