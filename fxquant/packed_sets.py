@@ -138,7 +138,8 @@ def _view(gm: QuantGraphModule, shapes: Mapping[str, list[int]]) -> QuantGraphMo
     """The same module, with no packed constants yet and shapes to pack them for."""
     made = object.__new__(type(gm))
     packed = {pack.name for pack in gm.state.packs}
-    made.__dict__.update({name: value for name, value in gm.__dict__.items() if name not in packed})
+    every = gm.__dict__.copy()  # in one go: another thread may be packing a weight into it
+    made.__dict__.update({name: value for name, value in every.items() if name not in packed})
     made.__dict__["_sets"] = None
     made.__dict__["_pack_shapes"] = dict(shapes)
     return made

@@ -24,7 +24,7 @@ using namespace fxq;
 namespace {
 
 // Memory for constants, all zero at first. It comes in large pages where the system has them: the
-// weights of a large model are read once a call, and looking up small pages then takes a tenth of it.
+// weights of a large model are read once a call, each page of them anew.
 class Store {
  public:
   Store() = default;
