@@ -47,7 +47,8 @@ def optimize(model: QuantGraphModule, example_inputs: Any = None) -> OptimizedMo
     Convolutions, linears and what lies between them run in fxquant's own kernels, without a call
     of Python or PyTorch for each; what these do not know stays with PyTorch, and ``print`` names
     it. Results are those of ``model`` bit by bit: each plan is compared with it when it is made,
-    and one that differs is not used, with a warning.
+    on these inputs and on random ones. A node that differs is left to PyTorch, and a plan that
+    differs as a whole is not used, both with a warning.
 
     A plan is made for given shapes, so the first call with other ones takes longer (some
     hundredths of a second). Nothing else is fixed: any batch size and resolution that ``model``
